@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from pathlib import Path
@@ -18,6 +19,7 @@ from loralib.cli.serve import open_port
 from loralib.serve.app import create_app
 from loralib.serve.server import Server, start
 from loralib.serve.settings import ServeConfig
+from loralib.serve.uploads import FileStore, UploadedFile
 
 CONTEXT = 256
 TEMPLATE = (
@@ -72,6 +74,13 @@ class Running:
 
     def client(self, **settings: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **settings)
+
+
+def upload(files: FileStore, name: str, content: bytes) -> UploadedFile:
+    """Uploads a file of examples."""
+    with contextlib.closing(files.begin(1 << 30)) as each:
+        each.write(content)
+        return files.finish(each, name, "fine-tune")
 
 
 class FakeProcess:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gzip
-import io
 import json
 import random
 import sqlite3
@@ -31,17 +31,20 @@ pytest.importorskip("python_multipart")
 
 from fastapi import FastAPI  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
-from serving import FakeProcess  # noqa: E402
+from serving import FakeProcess, upload  # noqa: E402
 
-from loralib.serve import jobs as jobs_module  # noqa: E402
+from loralib.serve import supervisor as supervisor_module  # noqa: E402
 from loralib.serve import tuning, uploads  # noqa: E402
 from loralib.serve.app import create_app  # noqa: E402
 from loralib.serve.errors import install  # noqa: E402
-from loralib.serve.jobs import Job, Jobs  # noqa: E402
+from loralib.serve.jobs import Jobs  # noqa: E402
+from loralib.serve.planner import Planner  # noqa: E402
 from loralib.serve.process import LogTail, MetricsTail, last_words  # noqa: E402
+from loralib.serve.records import Job, events_of, progress_of  # noqa: E402
 from loralib.serve.server import start  # noqa: E402
 from loralib.serve.settings import ServeConfig  # noqa: E402
 from loralib.serve.state import RequestError, State  # noqa: E402
+from loralib.serve.supervisor import Supervisor  # noqa: E402
 
 MODEL = "scratch-32x1-seed0"
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,16 +72,38 @@ def app_of(jobs: Jobs, **settings: Any) -> FastAPI:
     return app
 
 
+load_once = functools.cache(load_base)
+
+
+def supervise(
+    state_dir: Path, on_finished: Any = lambda job: None, max_jobs: int = 1, base: Any = None, quantize: str = "none"
+) -> tuple[Jobs, Supervisor]:
+    """The jobs of a server, without the rest of it."""
+    state = State(state_dir)
+    base = base or load_once(MODEL, dtype="fp32")
+    jobs = Jobs(state, Planner(state, MODEL, base, chat_template=None, quantize=quantize), MODEL, max_jobs)
+    return jobs, Supervisor(jobs, on_finished)
+
+
+@contextlib.contextmanager
+def supervised(state_dir: Path, *how: Any, finish_within: float = 30.0, **else_how: Any) -> Iterator[Jobs]:
+    jobs, supervisor = supervise(state_dir, *how, **else_how)
+    try:
+        yield jobs
+    finally:
+        supervisor.close(finish_within)
+
+
 @pytest.fixture
 def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    with contextlib.closing(Jobs(tmp_path / "state", model=MODEL)) as each:
+    with supervised(tmp_path / "state") as each:
         yield each
 
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> list[FakeProcess]:
     FakeProcess.made = []
-    monkeypatch.setattr(jobs_module, "TrainingProcess", FakeProcess)
+    monkeypatch.setattr(supervisor_module, "TrainingProcess", FakeProcess)
     return FakeProcess.made
 
 
@@ -89,8 +114,9 @@ def eventually(is_so: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def messages(jobs: Jobs, job: Job) -> list[str]:
-    return [event.message for event in jobs.events(job.id)]
+def steps(jobs: Jobs, job: str) -> list[int]:
+    """The updates that a job has told of."""
+    return [event.data["step"] for event in events_of(jobs.state, job) if "train_loss" in event.data]
 
 
 # A whole job.
@@ -104,7 +130,7 @@ def test_a_client_uploads_trains_and_asks_the_adapter(tmp_path: Path) -> None:
         assert (file.bytes, file.status, file.loralib["format"], file.loralib["examples"]) == (
             len(EXAMPLES), "processed", "jsonl", 40,
         )  # fmt: skip
-        before = server.jobs.preview(file.id, {"rank": 2, "num_epochs": 2, "batch_size": 4})
+        before = server.jobs.planner.preview(file.id, {"rank": 2, "num_epochs": 2, "batch_size": 4})
         assert (before.given, before.used, before.steps, before.measured) == (40, 40, 20, False)
         assert before.memory > 4 * 1_650_000
         assert before.seconds > 0
@@ -141,6 +167,7 @@ def test_a_client_uploads_trains_and_asks_the_adapter(tmp_path: Path) -> None:
         assert job.loralib["settings"]["lr"] == 0.5 * before.config.peak_lr
         assert job.method.supervised.hyperparameters.learning_rate_multiplier == 0.5
         assert job.trained_tokens
+        assert job.estimated_finish is None
 
         events = list(client.fine_tuning.jobs.list_events(job.id, limit=9))  # page by page, the newest first
         assert [events[0].message, events[-1].message] == [
@@ -158,10 +185,10 @@ def test_a_client_uploads_trains_and_asks_the_adapter(tmp_path: Path) -> None:
         assert streamed.pop() == "[DONE]"
         assert [json.loads(line)["id"] for line in streamed] == [event.id for event in reversed(events)]
 
-        progress = server.jobs.progress(job.id)
-        assert (progress.step, progress.steps, progress.seconds_left) == (20, 20, None)
-        assert progress.valid[0][1] > progress.valid[-1][1]
-        assert server.jobs.preview(file.id).measured
+        assert (job.loralib["step"], job.loralib["steps"]) == (20, 20)
+        losses = [e.data["valid_loss"] for e in reversed(events) if "valid_loss" in (e.data or {})]
+        assert losses[0] > losses[-1]
+        assert server.jobs.planner.preview(file.id).measured
         assert {model.id for model in client.models.list()} == {MODEL, name}
         answers = {
             model: client.completions.create(model=model, prompt="Number 4 is", max_tokens=3, temperature=0)
@@ -177,9 +204,10 @@ def test_a_client_uploads_trains_and_asks_the_adapter(tmp_path: Path) -> None:
 SERVER = """
 import os, sys
 from loralib.serve import process
-from loralib.serve.jobs import Jobs
+from loralib.serve.server import start
+from loralib.serve.settings import ServeConfig
 process.loralib_command = lambda *words: ([*sys.argv[3:], *words], dict(os.environ))
-jobs = Jobs(sys.argv[1], model=sys.argv[2])
+jobs = start(ServeConfig(model=sys.argv[2], dtype="fp32", state_dir=sys.argv[1])).jobs
 jobs.wait(jobs.list()[0].id)
 """
 
@@ -192,9 +220,8 @@ def test_a_job_whose_server_is_killed_and_that_is_paused_ends_with_the_same_byte
     monkeypatch.setattr("loralib.serve.process.loralib_command", warm_command)
     state = tmp_path / "state"
     settings = {**QUICK, "num_epochs": 8, "save_steps": 3, "eval_steps": 5, "lora_dropout": 0.1}
-    with contextlib.closing(Jobs(state, model=MODEL)) as jobs:
-        job = jobs.create(jobs.files.add("numbers.jsonl", io.BytesIO(EXAMPLES)).id, settings).id
-        jobs.close(finish_within=0)
+    with supervised(state, finish_within=0) as jobs:
+        job = jobs.create(upload(jobs.files, "numbers.jsonl", EXAMPLES).id, settings).id
     run = state / "jobs" / job / "run"
 
     command, _ = warm_command()
@@ -202,21 +229,20 @@ def test_a_job_whose_server_is_killed_and_that_is_paused_ends_with_the_same_byte
         metrics = run / "metrics.jsonl"
         eventually(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 4)
         server.kill()  # its job saves itself and ends
-    with contextlib.closing(Jobs(state, model=MODEL)) as jobs:
-        before = jobs.progress(job).step
-        eventually(lambda: jobs.progress(job).step > before + 8)
+    with supervised(state) as jobs:
+        before = progress_of(jobs.state, job).step
+        eventually(lambda: progress_of(jobs.state, job).step > before + 8)
         jobs.pause(job)
         assert jobs.wait(job, PATIENCE).status == "paused"
-        checkpoint = jobs.checkpoints(job)[0]
-        assert checkpoint.step == jobs.progress(job).step == checkpoint.metrics["step"]
-        assert checkpoint.metrics["train_loss"] > 0
+        checkpoint = client_of(app_of(jobs)).fine_tuning.jobs.checkpoints.list(job).data[0]
+        assert checkpoint.step_number == progress_of(jobs.state, job).step == checkpoint.metrics.step
+        assert checkpoint.metrics.train_loss > 0
         jobs.resume(job)
         assert jobs.wait(job, PATIENCE).status == "succeeded"
-        events = [event.data for event in jobs.events(job) if event.type == "metrics"]
-        told = [
-            (kind, e["step"], e[f"{kind}_loss"]) for e in events for kind in ("train", "valid") if f"{kind}_loss" in e
-        ]
-        assert f"Resuming from step-{checkpoint.step:08}" in "\n".join(messages(jobs, jobs.get(job)))
+        events = events_of(jobs.state, job)
+        data = [(kind, event.data) for event in events for kind in ("train", "valid") if f"{kind}_loss" in event.data]
+        told = [(kind, each["step"], each[f"{kind}_loss"]) for kind, each in data]
+        assert any(f"Resuming from step-{checkpoint.step_number:08}" in event.message for event in events)
 
     whole = tmp_path / "whole"
     assert main(["train", "--config", str(state / "jobs" / job / "job.toml"), "--output_dir", str(whole)]) == 0
@@ -237,7 +263,7 @@ def test_a_job_whose_server_is_killed_and_that_is_paused_ends_with_the_same_byte
 def test_a_process_that_is_killed_is_started_again_while_it_gets_further(
     jobs: Jobs, processes: list[FakeProcess]
 ) -> None:
-    job = jobs.create(jobs.files.add("a.jsonl", [EXAMPLES]).id, QUICK)
+    job = jobs.create(upload(jobs.files, "a.jsonl", EXAMPLES).id, QUICK)
     for number in range(5):
         eventually(lambda number=number: len(processes) == number + 1)
         processes[-1].train(number + 1)
@@ -247,7 +273,7 @@ def test_a_process_that_is_killed_is_started_again_while_it_gets_further(
         processes[-1].end(137)
     assert jobs.wait(job.id, PATIENCE).status == "failed"
     assert "killed (signal 9) 3 times without making progress" in jobs.get(job.id).error["message"]  # type: ignore[index]
-    assert [step for step, _ in jobs.progress(job.id).train] == [1, 2, 3, 4, 5]
+    assert steps(jobs, job.id) == [1, 2, 3, 4, 5]
     jobs.resume(job.id)  # once there is more memory
     eventually(lambda: len(processes) == 9)
     processes[-1].end(0)
@@ -257,7 +283,7 @@ def test_a_process_that_is_killed_is_started_again_while_it_gets_further(
 def test_a_job_fails_with_the_trainer_s_words(
     tmp_path: Path, jobs: Jobs, processes: list[FakeProcess], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    job = jobs.create(jobs.files.add("a.jsonl", [EXAMPLES]).id, {**QUICK, "valid_fraction": 0, "early_stopping": 3})
+    job = jobs.create(upload(jobs.files, "a.jsonl", EXAMPLES).id, {**QUICK, "valid_fraction": 0, "early_stopping": 3})
     eventually(lambda: processes)
     code = main(["train", "--config", str(job.directory / "job.toml")])
     processes[0].end(code, capfd.readouterr().err)
@@ -266,14 +292,14 @@ def test_a_job_fails_with_the_trainer_s_words(
     assert error is not None
     assert error["code"] == "training_failed"
     assert error["message"].startswith("early_stopping is 3, but there is no validation data")
-    assert jobs.events(job.id)[-1].level == "error"
+    assert events_of(jobs.state, job.id)[-1].level == "error"
 
 
 def test_a_job_trains_on_the_base_as_it_is_served_unless_it_says_otherwise(
     tmp_path: Path, processes: list[FakeProcess]
 ) -> None:
-    with contextlib.closing(Jobs(tmp_path, model=MODEL, quantize="nf4")) as jobs:
-        file = jobs.files.add("a.jsonl", [EXAMPLES]).id
+    with supervised(tmp_path, quantize="nf4") as jobs:
+        file = upload(jobs.files, "a.jsonl", EXAMPLES).id
         choices = (({}, "nf4"), ({"quantize": "int8"}, "int8"), ({"quantize": "none"}, "none"))
         for number, (given, expected) in enumerate(choices):
             job = jobs.create(file, {**QUICK, **given})
@@ -282,16 +308,14 @@ def test_a_job_trains_on_the_base_as_it_is_served_unless_it_says_otherwise(
             processes[-1].end(0)
             jobs.wait(job.id, PATIENCE)
     # A server that holds its base in other bits goes on with a job as it began.
-    with contextlib.closing(Jobs(tmp_path, model=MODEL, quantize="int8")) as jobs:
+    with supervised(tmp_path, quantize="int8") as jobs:
         assert [job.settings.get("quantize") for job in jobs.list()] == ["none", "int8", "nf4"]
 
 
 def test_jobs_run_in_order_and_at_most_so_many_at_once(tmp_path: Path, processes: list[FakeProcess]) -> None:
     finished: list[str] = []
-    with contextlib.closing(
-        Jobs(tmp_path, model=MODEL, max_jobs=2, on_finished=lambda job, _: finished.append(job.id))
-    ) as jobs:
-        file = jobs.files.add("a.jsonl", [EXAMPLES]).id
+    with supervised(tmp_path, lambda job: finished.append(job.id), max_jobs=2) as jobs:
+        file = upload(jobs.files, "a.jsonl", EXAMPLES).id
         made = [jobs.create(file, QUICK).id for _ in range(4)]
         for number in range(4):
             eventually(lambda number=number: len(processes) == min(4, number + 2))
@@ -305,19 +329,19 @@ def test_jobs_run_in_order_and_at_most_so_many_at_once(tmp_path: Path, processes
 def test_a_server_that_shuts_down_lets_its_jobs_save_and_the_next_one_goes_on(
     tmp_path: Path, processes: list[FakeProcess]
 ) -> None:
-    jobs = Jobs(tmp_path, model=MODEL)
-    job = jobs.create(jobs.files.add("a.jsonl", [EXAMPLES]).id, QUICK)
+    jobs, supervisor = supervise(tmp_path)
+    job = jobs.create(upload(jobs.files, "a.jsonl", EXAMPLES).id, QUICK)
     eventually(lambda: processes)
-    closing = threading.Thread(target=jobs.close)
+    closing = threading.Thread(target=supervisor.close)
     closing.start()
     assert processes[0].is_asked.wait(PATIENCE)
     processes[0].train(1, 2)
     processes[0].end(143)
     closing.join(PATIENCE)
-    with contextlib.closing(Jobs(tmp_path, model=MODEL)) as jobs:
+    with supervised(tmp_path) as jobs:
         eventually(lambda: len(processes) == 2)
-        assert [step for step, _ in jobs.progress(job.id).train] == [1, 2]
-        assert jobs.progress(job.id).seconds_left is None, "how many updates there are is not known yet"
+        assert steps(jobs, job.id) == [1, 2]
+        assert progress_of(jobs.state, job.id).seconds_left is None, "how many updates there are is not known yet"
         jobs.cancel(job.id)
         assert processes[1].is_asked.wait(PATIENCE)
         processes[1].end(143)
@@ -328,26 +352,25 @@ def test_a_server_that_shuts_down_lets_its_jobs_save_and_the_next_one_goes_on(
 def test_what_was_asked_for_before_a_crash_is_done_after_it(
     tmp_path: Path, processes: list[FakeProcess], wanted: str, becomes: str
 ) -> None:
-    with contextlib.closing(Jobs(tmp_path, model=MODEL)) as jobs:
-        job = jobs.create(jobs.files.add("a.jsonl", [EXAMPLES]).id, QUICK)
+    with supervised(tmp_path, finish_within=0) as jobs:
+        job = jobs.create(upload(jobs.files, "a.jsonl", EXAMPLES).id, QUICK)
         eventually(lambda: processes)
         getattr(jobs, wanted)(job.id)
-        jobs.close(finish_within=0)
-    with contextlib.closing(Jobs(tmp_path, model=MODEL)) as jobs:
+    with supervised(tmp_path) as jobs:
         assert jobs.get(job.id).status == becomes
         assert len(processes) == 1
 
 
 def test_an_adapter_that_cannot_be_loaded_is_said_and_kept(tmp_path: Path, processes: list[FakeProcess]) -> None:
-    def refuse(job: Job, directory: Path) -> None:
-        raise ValueError(f"{directory} changes nothing")
+    def refuse(job: Job) -> None:
+        raise ValueError(f"{job.run} changes nothing")
 
-    with contextlib.closing(Jobs(tmp_path, model=MODEL, on_finished=refuse)) as jobs:
-        job = jobs.create(jobs.files.add("a.jsonl", [EXAMPLES]).id, QUICK)
+    with supervised(tmp_path, refuse) as jobs:
+        job = jobs.create(upload(jobs.files, "a.jsonl", EXAMPLES).id, QUICK)
         eventually(lambda: processes)
         processes[0].end(0)
         assert jobs.wait(job.id, PATIENCE).status == "succeeded"
-        warnings = [event.message for event in jobs.events(job.id) if event.level == "warn"]
+        warnings = [event.message for event in events_of(jobs.state, job.id) if event.level == "warn"]
         assert warnings == [
             f"The adapter is in {job.id}/run, but could not be loaded: ValueError: {job.id}/run changes nothing"
         ]
@@ -464,19 +487,19 @@ def test_an_upload_that_is_wrong_leaves_nothing(tmp_path: Path, jobs: Jobs, body
     assert not list((tmp_path / "state" / "files").iterdir())
 
 
-def test_an_upload_whose_client_goes_away_leaves_nothing(tmp_path: Path, jobs: Jobs) -> None:
+def test_an_upload_whose_client_goes_away_leaves_nothing(tmp_path: Path) -> None:
     def pieces() -> Iterator[bytes]:
         yield part("purpose", "fine-tune").encode() + part("file", "y" * 5000, "a").encode()
         raise ConnectionResetError
 
-    with pytest.raises(ConnectionResetError):
+    with supervised(tmp_path / "state") as jobs, pytest.raises(ConnectionResetError):
         TestClient(app_of(jobs)).post("/v1/files", content=pieces(), headers=FORM)
     assert not list((tmp_path / "state" / "files").iterdir())
     left = [tmp_path / "state" / "files" / name for name in (f".upload-{'a' * 24}.tmp", f"file-{'b' * 24}.csv", "mine")]
     for path in left:
         path.write_bytes(b"what a kill left, and what is somebody's")
-    jobs.close()
-    Jobs(tmp_path / "state", model=MODEL).close()
+    with supervised(tmp_path / "state"):
+        pass
     assert [path.exists() for path in left] == [False, False, True]
 
 
@@ -496,7 +519,7 @@ def test_a_full_disk_refuses_and_the_server_goes_on(
     assert (refused.value.status_code, refused.value.code) == (507, "disk_full")
     assert len(list((tmp_path / "state" / "files").iterdir())) == 1
 
-    database = jobs._state._connection
+    database = jobs.state._connection
     (pages,) = database.execute("PRAGMA page_count").fetchone()
     database.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(openai.InternalServerError, match="disk is full"):
@@ -525,7 +548,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up_loses_nothing_that_was_said_to_be_kept(
     small_disk: Path, processes: list[FakeProcess]
 ) -> None:
-    with contextlib.closing(Jobs(small_disk / "state", model=MODEL)) as jobs:
+    with supervised(small_disk / "state") as jobs:
         client = client_of(app_of(jobs))
         with pytest.raises(openai.InternalServerError, match="disk is full") as refused:
             client.files.create(file=("large.jsonl", EXAMPLES * 2000), purpose="fine-tune")
@@ -533,7 +556,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_said_to_be_kept(
         job = jobs.create(client.files.create(file=("a.jsonl", EXAMPLES), purpose="fine-tune").id, QUICK)
         eventually(lambda: processes)
         processes[0].train(1, 2)
-        eventually(lambda: jobs.progress(job.id).step == 2)
+        eventually(lambda: progress_of(jobs.state, job.id).step == 2)
         filler = small_disk / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while file.write(b"x" * 4096):
@@ -557,7 +580,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_said_to_be_kept(
         processes[1].train(*range(kept.count(b"\n") + 1, 201))
         processes[1].end(0)
         assert jobs.wait(job.id, PATIENCE).status == "succeeded"
-        assert [step for step, _ in jobs.progress(job.id).train] == list(range(1, 201))
+        assert steps(jobs, job.id) == list(range(1, 201))
 
 
 # Jobs that cannot be.
@@ -592,7 +615,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_said_to_be_kept(
     ],
 )  # fmt: skip
 def test_a_job_that_cannot_be_is_refused(jobs: Jobs, changes: dict[str, Any], status: int, words: str) -> None:
-    file = jobs.files.add("a.jsonl", [EXAMPLES]).id
+    file = upload(jobs.files, "a.jsonl", EXAMPLES).id
     body = {"model": MODEL, "training_file": file, **changes}
     answer = TestClient(app_of(jobs)).post("/v1/fine_tuning/jobs", content=json.dumps(body), headers=JSON)
     assert answer.status_code == status, answer.text
@@ -612,7 +635,7 @@ def test_a_job_learns_from_preferences_as_openai_s_do(tmp_path: Path, processes:
     }
     base = load_base(MODEL, dtype="fp32")
     base[1].chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    with contextlib.closing(Jobs(tmp_path, model=MODEL, base=base)) as jobs:
+    with supervised(tmp_path, base=base) as jobs:
         client = client_of(app_of(jobs))
         file = client.files.create(file=("a.jsonl", json.dumps(row).encode()), purpose="fine-tune")
         assert file.loralib["notes"] == [
@@ -657,8 +680,8 @@ def test_data_that_are_wrong_fail_with_the_reader_s_message(
 ) -> None:
     base = load_base(MODEL, dtype="fp32")
     base[1].chat_template = None
-    with contextlib.closing(Jobs(tmp_path, model=MODEL, base=base)) as jobs:
-        job = jobs.create(jobs.files.add(name, [content]).id, QUICK)
+    with supervised(tmp_path, base=base) as jobs:
+        job = jobs.create(upload(jobs.files, name, content).id, QUICK)
         assert jobs.wait(job.id, PATIENCE).status == "failed"
         error = jobs.get(job.id).error
         assert error is not None
@@ -670,7 +693,7 @@ def test_data_that_are_wrong_fail_with_the_reader_s_message(
 
 def test_a_job_is_asked_only_for_what_it_can_still_do(jobs: Jobs, processes: list[FakeProcess]) -> None:
     client = client_of(app_of(jobs))
-    job = jobs.create(jobs.files.add("a.jsonl", [EXAMPLES]).id, QUICK).id
+    job = jobs.create(upload(jobs.files, "a.jsonl", EXAMPLES).id, QUICK).id
     eventually(lambda: processes)
     with pytest.raises(openai.ConflictError, match="is running, so it cannot be resumed"):
         client.fine_tuning.jobs.resume(job)

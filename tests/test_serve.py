@@ -23,7 +23,7 @@ import openai
 import pytest
 import torch
 import transformers
-from serving import CONTEXT, TEMPLATE, FakeProcess, Running, tiny_adapter, tiny_base
+from serving import CONTEXT, TEMPLATE, FakeProcess, Running, tiny_adapter, tiny_base, upload
 
 import loralib as lora
 from loralib.bases import load_tokenizer, trained_on_chats
@@ -31,7 +31,7 @@ from loralib.cli import main
 from loralib.cli.serve import open_port
 from loralib.generation import Sampling
 from loralib.generation.service import RequestHandle
-from loralib.serve import adapter_store, jobs
+from loralib.serve import adapter_store, supervisor
 from loralib.serve import running as serve_running
 from loralib.serve.requests import ChatRequest, CompletionRequest
 from loralib.serve.running import Run
@@ -742,13 +742,13 @@ def test_a_job_on_chats_trains_with_the_server_s_template(
     (base / "chat_template.jinja").unlink()
     (tmp_path / "own.jinja").write_text(TEMPLATE, encoding="utf-8")
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
-    monkeypatch.setattr(jobs, "TrainingProcess", FakeProcess)
+    monkeypatch.setattr(supervisor, "TrainingProcess", FakeProcess)
     FakeProcess.made = []
     server = start(
         ServeConfig(str(base), chat_template=str(tmp_path / "own.jinja"), dtype="fp32", state_dir=str(tmp_path / "s"))
     )
     try:
-        file = server.jobs.files.add("chats.jsonl", [(json.dumps(chat) + "\n").encode() * 4])
+        file = upload(server.jobs.files, "chats.jsonl", (json.dumps(chat) + "\n").encode() * 4)
         job = server.jobs.create(file.id, {"dtype": "fp32", "max_steps": 2, "lr": 0.1})
         while not FakeProcess.made and server.jobs.get(job.id).error is None:
             server.jobs.wait(job.id, 0.1)

@@ -20,9 +20,9 @@ import pytest
 schemathesis = pytest.importorskip("schemathesis")
 
 from schemathesis.engine import events, from_schema  # noqa: E402
-from serving import FakeProcess, Running, tiny_adapter, tiny_base  # noqa: E402
+from serving import FakeProcess, Running, tiny_adapter, tiny_base, upload  # noqa: E402
 
-from loralib.serve import jobs as jobs_module  # noqa: E402
+from loralib.serve import supervisor  # noqa: E402
 from loralib.serve.settings import ServeConfig  # noqa: E402
 
 EXAMPLES = int(os.environ.get("LORALIB_SCHEMA_EXAMPLES", "0"))
@@ -50,7 +50,7 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running
     for seed, name in enumerate(("calm", "bold", "spare")):
         tiny_adapter(base, tmp_path / "adapters" / name, seed)
     FakeProcess.made = []
-    monkeypatch.setattr(jobs_module, "TrainingProcess", Patient)
+    monkeypatch.setattr(supervisor, "TrainingProcess", Patient)
     places = {"model": str(base), "adapters": str(tmp_path / "adapters"), "state_dir": str(tmp_path / "state")}
     running = Running(ServeConfig(**places, dtype="fp32", max_tokens=20))
     yield running
@@ -91,7 +91,7 @@ class Existing:
 
     def _file(self) -> str:
         files = self._jobs.files.list()
-        return files[0].id if files else self._jobs.files.add("a.jsonl", [DATA]).id
+        return files[0].id if files else upload(self._jobs.files, "a.jsonl", DATA).id
 
     def _job(self) -> str:
         jobs = self._jobs.list()

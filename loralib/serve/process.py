@@ -51,17 +51,11 @@ class TrainingProcess:
             flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
             apart = {"creationflags": flags | subprocess.BELOW_NORMAL_PRIORITY_CLASS}
         config = str(directory / "job.toml")
-        command, environment = loralib_command("train", "--config", config, "--resume", "--stop_with_stdin")
+        command, env = loralib_command("train", "--config", config, "--resume", "--stop_with_stdin")
         try:
             with (directory / "output.log").open("ab") as output, (directory / "errors.log").open("wb") as errors:
                 self._process = subprocess.Popen(
-                    command,
-                    cwd=directory,
-                    env=environment,
-                    stdin=subprocess.PIPE,
-                    stdout=output,
-                    stderr=errors,
-                    **apart,
+                    command, cwd=directory, env=env, stdin=subprocess.PIPE, stdout=output, stderr=errors, **apart
                 )
         except OSError as error:
             raise OutputError(f"the training process cannot be started: {error}") from error
@@ -70,11 +64,6 @@ class TrainingProcess:
             with suppress(OSError):  # it has already exited
                 nice = os.getpriority(os.PRIO_PROCESS, 0) + _NICER
                 os.setpriority(os.PRIO_PROCESS, self._process.pid, min(19, nice))
-
-    @property
-    def pid(self) -> int:
-        """The id of the process."""
-        return self._process.pid
 
     def stop(self, kill_after: float | None = None) -> None:
         """Asks the process to save its state and exit; kills it if that takes longer than `kill_after` seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,10 @@ from .adapter_store import AdapterStore, adapter_directories, directory_below
 from .errors import RequestError
 from .jobs import Jobs
 from .metrics import ServerMetrics
+from .planner import Planner
 from .settings import ServeConfig
+from .state import State
+from .supervisor import Supervisor
 
 __all__ = ["Server", "start"]
 
@@ -35,6 +39,7 @@ class Server:
         adapters: information on the adapters, and the way to load more.
         metrics: the metrics.
         jobs: training jobs, and the files that they train on.
+        supervisor: the threads that run the jobs.
         is_closing: whether it is shutting down.
     """
 
@@ -46,6 +51,7 @@ class Server:
     adapters: AdapterStore
     metrics: ServerMetrics
     jobs: Jobs
+    supervisor: Supervisor
     is_closing: bool = field(default=False)
 
     @property
@@ -96,7 +102,7 @@ class Server:
         """Shuts down; texts get `finish_within` seconds to finish, and jobs save their state."""
         self.is_closing = True
         self.service.close(finish_within)
-        self.jobs.close()
+        self.supervisor.close()
 
 
 def start(config: ServeConfig) -> Server:
@@ -126,30 +132,25 @@ def start(config: ServeConfig) -> Server:
         raise AdapterError(
             list_faults("these adapters cannot be served", faults, "Fix or remove them; nothing was started.")
         )
-    service = Service(
-        bank,
-        tokenizer,
-        max_requests=config.max_requests,
-        max_waiting=config.max_waiting,
-        cache_tokens=config.cache_tokens,
-    )
-    adapters.call = service.call
-    metrics = ServerMetrics(service.stats, lambda: _in_memory(bank))
-    try:
-        jobs = Jobs(
-            config.state_dir,
-            max_jobs=config.max_jobs,
-            model=given,
-            name=name,
-            base=(bank.model, tokenizer),
-            chat_template=tokenizer.chat_template if config.chat_template is not None else None,
-            quantize=config.quantize,
-            on_finished=lambda job, adapter: adapters.load(job.adapter_name, adapter, replace=True),
+    with contextlib.ExitStack() as undo:
+        service = Service(
+            bank,
+            tokenizer,
+            max_requests=config.max_requests,
+            max_waiting=config.max_waiting,
+            cache_tokens=config.cache_tokens,
         )
-    except BaseException:
-        service.close()
-        raise
-    return Server(config, name, bank, tokenizer, service, adapters, metrics, jobs)
+        undo.callback(service.close)
+        adapters.call = service.call
+        metrics = ServerMetrics(service.stats, lambda: _in_memory(bank))
+        state = undo.enter_context(contextlib.closing(State(config.state_dir)))
+        template = tokenizer.chat_template if config.chat_template is not None else None
+        base = (bank.model, tokenizer)
+        planner = Planner(state, given, base, chat_template=template, quantize=config.quantize)
+        jobs = Jobs(state, planner, name, config.max_jobs)
+        supervisor = Supervisor(jobs, lambda job: adapters.load(job.adapter_name, job.run, replace=True))
+        undo.pop_all()  # it has started
+    return Server(config, name, bank, tokenizer, service, adapters, metrics, jobs, supervisor)
 
 
 def _root(config: ServeConfig) -> Path | None:

@@ -12,7 +12,7 @@ import sqlite3
 import string
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,6 +71,7 @@ class State:
 
     Attributes:
         directory: the directory as an absolute path.
+        is_closing: whether the server is shutting down, so that nobody waits any longer.
 
     Raises:
         OutputError: the directory is in use by another server or cannot be written, or its database cannot be read.
@@ -78,7 +79,8 @@ class State:
 
     def __init__(self, directory: str | Path) -> None:
         self._held = contextlib.ExitStack()
-        self._lock = threading.RLock()
+        self.is_closing = False
+        self._changed = threading.Condition()  # its lock is the database's
         self.directory = self._held.enter_context(hold_directory(directory, "--state_dir"))
         try:
             self._connection = self._open(self.directory / "state.sqlite")
@@ -115,12 +117,13 @@ class State:
             RequestError: the disk is full.
             OutputError: the database cannot be written.
         """
-        with self._lock:
+        with self._changed:
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._connection
                     self._connection.execute("COMMIT")
+                    self._changed.notify_all()
                 except BaseException:
                     if self._connection.in_transaction:
                         self._connection.execute("ROLLBACK")
@@ -132,15 +135,26 @@ class State:
 
     def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
         """Reads from the database."""
-        with self._lock:
+        with self._changed:
             try:
                 return self._connection.execute(query, values).fetchall()
             except sqlite3.Error as error:
                 raise OutputError(f"the database of the jobs cannot be read: {error}.") from error
 
+    def wait_for(self, is_so: Callable[[], object], timeout: float | None = None) -> None:
+        """Waits until something is so, which is asked again after each change, or until the server shuts down."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.is_closing or is_so(), timeout)
+
+    def end_waiting(self) -> None:
+        """Ends what waits now and later, because the server shuts down."""
+        with self._changed:
+            self.is_closing = True
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Closes the database and releases the directory."""
-        with self._lock:
+        with self._changed:
             self._connection.close()
             self._held.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,8 +19,11 @@ from starlette.requests import ClientDisconnect
 from ..errors import did_you_mean
 from ..settings import settings_schema
 from ..training import TrainConfig
+from ..training.run_directory import checkpoint_files
 from .bodies import WHOLE, Body
-from .jobs import NOT_SETTABLE, OVER, Event, Job, JobCheckpoint, Jobs
+from .jobs import Jobs
+from .planner import NOT_SETTABLE
+from .records import OVER, Event, Job, events_of, losses_at, progress_of
 from .state import RequestError
 from .uploads import FileStore, Upload, UploadedFile
 
@@ -359,11 +362,11 @@ def list_events(
 ) -> dict[str, Any] | StreamingResponse:
     """Lists the events of a job, newest first; with stream, from the first one until the job is over."""
     jobs = _jobs(request)
-    number = _event_number(after)
+    number = 0 if after is None else int(after.removeprefix("ftevent-"))
+    jobs.get(fine_tuning_job_id)  # reports errors before the stream begins
     if stream:
-        jobs.get(fine_tuning_job_id)  # reports errors before the stream begins
         return StreamingResponse(_stream(jobs, fine_tuning_job_id, number, request), media_type="text/event-stream")
-    events = jobs.events(fine_tuning_job_id, number, limit + 1, newest_first=True)
+    events = events_of(jobs.state, fine_tuning_job_id, number, limit + 1, newest_first=True)
     return _cut(events, limit, _event_id, _event)
 
 
@@ -371,7 +374,7 @@ async def _stream(jobs: Jobs, job_id: str, after: int, request: Request) -> Asyn
     """Yields a job's events as server-sent events."""
     while not await request.is_disconnected():
         job = jobs.get(job_id)  # read before its events, so that none is missed at the end
-        events = await run_in_threadpool(jobs.events, job_id, after, 1000)
+        events = await run_in_threadpool(events_of, jobs.state, job_id, after, 1000)
         for event in events:
             after = event.number
             yield f"data: {json.dumps(_event(event))}\n\n"
@@ -388,9 +391,8 @@ def list_checkpoints(
 ) -> dict[str, Any]:
     """Lists the training states of a job on disk, newest first."""
     jobs = _jobs(request)
-    name = jobs.get(fine_tuning_job_id).adapter_name
-    found = jobs.checkpoints(fine_tuning_job_id)
-    return _page(found, after, limit, _checkpoint_id, lambda each: _checkpoint(each, name))
+    found = list(_checkpoints(jobs, jobs.get(fine_tuning_job_id)))
+    return _page(found, after, limit, lambda each: str(each["id"]), dict)
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
@@ -440,14 +442,15 @@ def _file(file: UploadedFile) -> dict[str, Any]:
 
 
 def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
-    progress = jobs.progress(job.id, curves=False)
+    progress = progress_of(jobs.state, job.id)
+    left = progress.seconds_left if job.status == "running" else None
     method = "dpo" if job.settings.get("objective") == "dpo" else "supervised"
     return {
         "id": job.id,
         "object": "fine_tuning.job",
         "created_at": job.created,
         "error": job.error,
-        "estimated_finish": None if progress.seconds_left is None else int(time.time() + progress.seconds_left),
+        "estimated_finish": None if left is None else int(time.time() + left),
         "fine_tuned_model": job.adapter_name if job.status == "succeeded" else None,
         "finished_at": job.finished,
         "hyperparameters": job.asked.get("hyperparameters", {}),
@@ -470,10 +473,6 @@ def _event_id(event: Event) -> str:
     return f"ftevent-{event.number}"
 
 
-def _event_number(word: str | None) -> int:
-    return 0 if word is None else int(word.removeprefix("ftevent-"))
-
-
 def _event(event: Event) -> dict[str, Any]:
     return {
         "id": _event_id(event),
@@ -486,17 +485,16 @@ def _event(event: Event) -> dict[str, Any]:
     }
 
 
-def _checkpoint_id(checkpoint: JobCheckpoint) -> str:
-    return f"ftckpt-{checkpoint.job.partition('-')[2]}-{checkpoint.step}"
-
-
-def _checkpoint(checkpoint: JobCheckpoint, adapter: str) -> dict[str, Any]:
-    return {
-        "id": _checkpoint_id(checkpoint),
-        "object": "fine_tuning.job.checkpoint",
-        "created_at": checkpoint.created,
-        "fine_tuned_model_checkpoint": f"{adapter}:ckpt-step-{checkpoint.step}",
-        "fine_tuning_job_id": checkpoint.job,
-        "metrics": checkpoint.metrics,
-        "step_number": checkpoint.step,
-    }
+def _checkpoints(jobs: Jobs, job: Job) -> Iterator[dict[str, Any]]:
+    for path in reversed(checkpoint_files(job.run / "checkpoints")):
+        with suppress(OSError, ValueError):  # it was removed in the meantime, or is not ours
+            step = int(path.stem.partition("-")[2])
+            yield {
+                "id": f"ftckpt-{job.id.partition('-')[2]}-{step}",
+                "object": "fine_tuning.job.checkpoint",
+                "created_at": int(path.stat().st_mtime),
+                "fine_tuned_model_checkpoint": f"{job.adapter_name}:ckpt-step-{step}",
+                "fine_tuning_job_id": job.id,
+                "metrics": {"step": step, **losses_at(jobs.state, job.id, step)},
+                "step_number": step,
+            }

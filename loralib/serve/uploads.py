@@ -8,8 +8,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -163,23 +163,6 @@ class FileStore:
             raise
         return self.get(file_id)
 
-    def add(
-        self, name: str, stream: BinaryIO | Iterable[bytes], purpose: str = "fine-tune", most: int = 1 << 40
-    ) -> UploadedFile:
-        """Stores a whole file; see `finish`.
-
-        Args:
-            name: its name.
-            stream: a binary file, or chunks of bytes.
-            purpose: its purpose.
-            most: maximum size in bytes.
-        """
-        pieces = _pieces(stream) if hasattr(stream, "read") else stream
-        with closing(self.begin(most)) as upload:
-            for piece in pieces:
-                upload.write(piece)
-            return self.finish(upload, name, purpose)
-
     def list(self) -> Sequence[UploadedFile]:
         """Returns all files, newest first."""
         return [self._made(row) for row in self._state.rows("SELECT * FROM files ORDER BY number DESC")]
@@ -218,24 +201,13 @@ class FileStore:
         remove_file(file.path)
 
     def _path(self, row: Any) -> Path:
-        name: str = row["id"] + row["suffix"]
-        return self._directory / name
+        return self._directory / f"{row['id']}{row['suffix']}"
 
     def _made(self, row: Any) -> UploadedFile:
+        facts = json.loads(row["facts"])
         return UploadedFile(
-            row["id"],
-            row["name"],
-            self._path(row),
-            row["bytes"],
-            row["purpose"],
-            row["created"],
-            json.loads(row["facts"]),
+            row["id"], row["name"], self._path(row), row["bytes"], row["purpose"], row["created"], facts
         )
-
-
-def _pieces(stream: Any) -> Iterator[bytes]:
-    while piece := stream.read(1 << 20):
-        yield piece
 
 
 def _shown_name(name: str) -> str:
@@ -265,10 +237,8 @@ def _facts(path: Path, name: str, size: int) -> dict[str, Any]:
     facts: dict[str, Any] = {"format": None, "examples": None, "notes": [], "error": None}
     try:
         if max(size, _unpacked(path)) > _READ_AT_ONCE:
-            return {
-                **facts,
-                "notes": [f"{name}: larger than {_READ_AT_ONCE / 1e6:,.0f} MB, so it is read only when a job runs"],
-            }
+            note = f"{name}: larger than {_READ_AT_ONCE / 1e6:,.0f} MB, so it is read only when a job runs"
+            return {**facts, "notes": [note]}
         facts["format"] = guess_format(path)
         (source,) = read_sources(path, objective=None)
         notes = [note.replace(str(path), name) for note in source.notes]

@@ -457,23 +457,17 @@ def write_card(
     card = directory / "README.md"
     if card.exists() and not is_our_card(card):
         return
-    name, norms = learned.base, learned.norms
-    adapter = learned.adapter.config  # settings that the model was injected with, which may differ from `config`
-    targets = (
-        adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules or ())
-    )
-    sizes = sorted(((delta / base if base else 0.0, delta, name) for name, delta, base in norms), reverse=True)
-    shares = "\n".join(f"| `{name}` | {delta:.3f} | {share:.2%} |" for share, delta, name in sizes[:10])
-    facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(config, progress, data).items())
-    original = ""
-    if name in HUB_NAMES:
-        original = (
-            f" {name} is a copy of {HUB_NAMES[name]} with 4-bit precision: expect small differences on the original."
-        )
     picture = "\n![Loss over the updates](loss.png)\n" if (directory / "loss.png").exists() else ""
-    write_text(
-        card,
-        f"""---
+    introduction = _introduction(learned, picture, _facts(config, progress, data))
+    write_text(card, "\n".join((introduction, _usage(learned.base), _update_sizes(learned.norms))))
+
+
+def _introduction(learned: Learned, picture: str, facts: Mapping[str, str]) -> str:
+    name = learned.base
+    adapter = learned.adapter.config  # settings that the model was injected with, which may differ from the run's
+    targets = adapter.target_modules or ()
+    rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
+    return f"""---
 base_model: {json.dumps(HUB_NAMES.get(name, name), ensure_ascii=False)}
 library_name: peft
 {_TAGS.decode()}
@@ -481,13 +475,21 @@ library_name: peft
 
 # LoRA adapter for {name}
 
-Rank {adapter.r}, lora_alpha {adapter.lora_alpha:g}, on `{targets}`.
+Rank {adapter.r}, lora_alpha {adapter.lora_alpha:g}, on `{targets if isinstance(targets, str) else ", ".join(targets)}`.
 {picture}
 | | |
 |---|---|
-{facts}
+{rows}
+"""
 
-## Use it
+
+def _usage(name: str) -> str:
+    original = ""
+    if name in HUB_NAMES:
+        original = (
+            f" {name} is a copy of {HUB_NAMES[name]} with 4-bit precision: expect small differences on the original."
+        )
+    return f"""## Use it
 
 ```python
 import loralib as lora
@@ -500,16 +502,20 @@ PEFT can load the same directory: `PeftModel.from_pretrained(model, ".")`.{origi
 
 All settings, the hashes of the data and the versions are in `run.toml`; `loralib train --config run.toml` repeats the
 run.
+"""
 
-## What was learned
+
+def _update_sizes(norms: Sequence[tuple[str, float, float]]) -> str:
+    sizes = sorted(((delta / base if base else 0.0, delta, name) for name, delta, base in norms), reverse=True)
+    rows = "\n".join(f"| `{name}` | {delta:.3f} | {share:.2%} |" for share, delta, name in sizes[:10])
+    return f"""## What was learned
 
 Size of the update (Frobenius norm), also as a share of the base weight's norm; the ten largest of {len(norms)} layers.
 
 | layer | update | share |
 |---|---:|---:|
-{shares}
-""",
-    )
+{rows}
+"""
 
 
 def _norm(tensor: Tensor) -> float:

@@ -57,7 +57,7 @@ class PreviewRequest(Body):
 @router.post("/preview")
 def preview(request: Request, body: PreviewRequest) -> dict[str, Any]:
     """Describes what a job would do: how its data are read, what is trained, memory and time."""
-    found = _server(request).jobs.preview(body.training_file, body.loralib)
+    found = _server(request).jobs.planner.preview(body.training_file, body.loralib)
     result = {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name != "config"}
     config = found.config.to_dict()
     chosen = ("lr", "rank", "lora_alpha", "num_epochs", "batch_size", "seq_len", "dtype", "warmup_steps", "schedule")
