@@ -215,8 +215,9 @@ def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str,
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
     tied = {}
+    sharing = {id(target.module._parameters["weight"]) for target in targets if target.tied}
     for target in targets:
-        if target.token_indices:  # tied tables train the same rows
+        if target.token_indices and id(target.module._parameters["weight"]) in sharing:  # they train the same rows
             continue
         weights = [target.module._parameters[name] for name in target.preview().weight_names]
         tied[target.name] = ", ".join(name for weight in weights for name in owners[id(weight)] if name != target.name)
@@ -232,27 +233,31 @@ def _refuse_kinds(config: LoraConfig, trained: bool) -> None:
 def _token_rows(
     model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, adapted: Collection[str], faults: list[str]
 ) -> list[TargetModule]:
-    """Returns the tables of which single rows are trained, including tables tied to them; appends to `faults`."""
+    """Returns the tables of which single rows are trained; appends to `faults`.
+
+    As in PEFT, tables tied to the input embedding share its rows, unless one of them is named with other rows.  A tied
+    head that is named without the embedding has rows of its own.
+    """
     chosen = config.trainable_token_indices
     if not chosen:
         return []
+    looked_up = input_table(model)
+    owner = next((name for name, module in modules.items() if module is looked_up), "")
     if not isinstance(chosen, Mapping):
-        looked_up = input_table(model)
-        table = next((name for name, module in modules.items() if module is looked_up), None)
-        chosen = {table or "embed_tokens": chosen}
+        chosen = {owner or "embed_tokens": chosen}
     named = {name: key for name in modules if (key := matches(tuple(chosen), name))}
     faults += [
         f"trainable_token_indices[{key!r}] matches nothing.{_similar_names(model, key, modules)}"
         for key in chosen
         if key not in named.values()
     ]
-    tables = {name: (tuple(chosen[key]), False) for name, key in named.items()}
-    for name, key in named.items():
-        weight = modules[name]._parameters.get("weight")
-        twins = [n for n, m in modules.items() if m._parameters.get("weight") is weight and n not in tables]
-        tables |= {twin: (tuple(chosen[key]), True) for twin in twins if weight is not None}
+    tables = {name: tuple(chosen[key]) for name, key in named.items()}
+    twins = _twins(owner, modules) if owner in tables else []
+    if any(tables.get(twin, tables[owner]) != tables[owner] for twin in twins):
+        twins = []
+    tables |= {twin: tables[owner] for twin in twins}
     found = []
-    for name, (indices, tied) in tables.items():
+    for name, indices in tables.items():
         if fault := _token_rows_fault(name, modules[name], indices, config, adapted):
             faults.append(f"trainable_token_indices of {name}: {fault}")
             continue
@@ -266,10 +271,16 @@ def _token_rows(
                 lora_alpha=1,
                 pattern="trainable_token_indices",
                 token_indices=indices,
-                tied=tied,
+                tied=name in twins,
             )
         )
     return found
+
+
+def _twins(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the names of the other modules that have a module's weight."""
+    weight = modules[name]._parameters.get("weight")
+    return [n for n, m in modules.items() if n != name and weight is not None and m._parameters.get("weight") is weight]
 
 
 def _token_rows_fault(
@@ -646,7 +657,7 @@ def _plain_mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraCo
         return LoRAReadLinear if isinstance(parent, nn.TransformerEncoderLayer) else LoRALinear
     if isinstance(module, nn.Embedding):
         if name.rpartition(".")[2] == "shared":
-            _refuse_shared_table(module, modules)
+            _refuse_shared_table(name, modules)
         if not hasattr(module, "embed_scale"):  # scales the rows (Gemma, BART); see LoRAEmbedding
             _refuse_own_forward(base, nn.Embedding)
         return LoRAEmbedding
@@ -670,10 +681,9 @@ def _plain_mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraCo
     )
 
 
-def _refuse_shared_table(module: nn.Embedding, modules: Mapping[str, nn.Module]) -> None:
+def _refuse_shared_table(name: str, modules: Mapping[str, nn.Module]) -> None:
     """Refuses the shared embedding of T5, BART and similar models, which is never called; others use its weight."""
-    tables = {name: m for name, m in modules.items() if isinstance(m, nn.Embedding) and m is not module}
-    twins = [name for name, m in tables.items() if m._parameters.get("weight") is module._parameters.get("weight")]
+    twins = [twin for twin in _twins(name, modules) if isinstance(modules[twin], nn.Embedding)]
     if twins:
         endings = sorted({twin.rpartition(".")[2] for twin in twins})
         raise TargetError(
