@@ -44,7 +44,7 @@ from .variants import (
 )
 from .wrapping import input_table, may_adapt, named_modules, named_parameters, named_tensors, output_head
 
-__all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
+__all__ = ["TargetModule", "fully_trained_tensors", "left_out", "match_modules", "tied_modules"]
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,15 @@ def match_modules(
         named = [*matched, *(target.name for target in targets if not target.weights)]
         named += [f"{target.name}.{weight.name}" for target in targets for weight in target.weights]
         faults += _unused_entry_faults(model, modules, matched, named, config)
+    unfit = list[str]()
     for name, pattern in matched.items():
         try:
+            if not trained and _is_dt_proj(name, modules):
+                raise TargetError(f"{_READS_DT_PROJ}; leave it out")
             targets.append(_target(name, pattern, _mixin_for(name, modules, config), modules, config, changes))
         except TargetError as error:
             faults.append(f"{name}: {error}")
+            unfit += [name] * (pattern == ALL_LINEAR)
             continue
         if isinstance(modules[name], nn.MultiheadAttention):
             # in_proj and out_proj are adapted together, as in PEFT.
@@ -144,8 +148,17 @@ def match_modules(
     targets.sort(key=lambda target: order[target.name])
     if faults:
         count = f"{len(faults)} problem{'s' if len(faults) > 1 else ''}"
-        raise TargetError(list_faults(f"{count} with target_modules in {type(model).__name__}", faults))
+        fix = f"{_excluding(unfit, matched)}." if unfit else ""
+        raise TargetError(list_faults(f"{count} with target_modules in {type(model).__name__}", faults, fix))
     return targets
+
+
+def left_out(model: nn.Module, config: LoraConfig) -> dict[str, str]:
+    """Returns the linear modules that 'all-linear' does not adapt in a model, each with the reason."""
+    if ALL_LINEAR not in _several(config.target_modules):
+        return {}
+    modules = _modules(model)
+    return {name: why for name, why in _no_plain_linears(modules).items() if why and not _is_left_out(name, config)}
 
 
 # The heads that PEFT trains in full for a task, in addition to the adapter.
@@ -255,7 +268,7 @@ def _token_rows(
     twins = _twins(owner, modules) if owner in tables else []
     if any(tables.get(twin, tables[owner]) != tables[owner] for twin in twins):
         twins = []
-    tables |= {twin: tables[owner] for twin in twins}
+    tables |= dict.fromkeys(twins, tables.get(owner, ()))
     found = []
     for name, indices in tables.items():
         if fault := _token_rows_fault(name, modules[name], indices, config, adapted):
@@ -315,19 +328,40 @@ def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config
     """Returns the matching entry of target_modules for each module that has one."""
     entries = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules or ()
     if ALL_LINEAR in entries:
-        left_out = {f"{name}.out_proj" for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
-        head = output_head(model)
+        head, others = output_head(model), _no_plain_linears(modules)
         patterns = {
             name: ALL_LINEAR
             for name, module in modules.items()
-            if _is_linear(module) and module is not head and name not in left_out
+            if _is_linear(module) and module is not head and name not in others
         }
-        others = [entry for entry in entries if entry != ALL_LINEAR]
-        chosen = {name: patterns.get(name) or matches(others, name) for name in modules}
+        named = [entry for entry in entries if entry != ALL_LINEAR]
+        chosen = {name: patterns.get(name) or matches(named, name) for name in modules}
         patterns = {name: entry for name, entry in chosen.items() if entry}
     else:
         patterns = {name: entry for name in modules if (entry := matches(config.target_modules, name))}
     return {name: pattern for name, pattern in patterns.items() if not _is_left_out(name, config)}
+
+
+def _no_plain_linears(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Returns the linear modules that are not called as such, each with the reason; "" if their parent adapts them."""
+    found = {f"{name}.out_proj": "" for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
+    for name, module in modules.items():
+        kind = base_class(module)
+        if _is_dt_proj(name, modules):
+            found[name] = _READS_DT_PROJ
+        elif isinstance(module, nn.Linear) and _is_named_router(kind) and not _computes_a_linear(module, kind):
+            found[name] = f"{kind.__name__} is a router, which has its own forward"
+    return found
+
+
+def _is_dt_proj(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module is the dt_proj of a Mamba mixer."""
+    path, _, leaf = name.rpartition(".")
+    mixer = modules.get(path)
+    return leaf == "dt_proj" and mixer is not None and "A_log" in mixer._parameters and "x_proj" in mixer._modules
+
+
+_READS_DT_PROJ = "Mamba reads this weight without calling the module, so that an adapter of it has no effect in PEFT"
 
 
 def _is_left_out(name: str, config: LoraConfig) -> bool:
@@ -446,7 +480,7 @@ def _experts(
     """Returns the expert modules whose weights are adapted; appends what is impossible to `faults`."""
     holders = {name: module for name, module in modules.items() if holds_experts(name, module)}
     chosen, routers = _named_parameters_of(model, holders, config, trained, faults)
-    unknown = list[str]()
+    unknown = dict[str, str]()
     if config.target_modules is not None and ALL_LINEAR in _several(config.target_modules):
         for name, module in holders.items():
             try:
@@ -455,7 +489,7 @@ def _experts(
                         chosen.setdefault(name, {}).setdefault(leaf, ALL_LINEAR)
             except TargetError as error:
                 if not _is_left_out(name, config):
-                    unknown.append(f"{name}: {error}")
+                    unknown[name] = str(error)
     if unknown:
         faults.append(_missed_experts(model, unknown))
     targets = []
@@ -555,9 +589,13 @@ def _named_parameters_of(
 
 def _is_router(module: nn.Module) -> bool:
     """Whether a module is a router, judging by its class name, that reads its own 2-D weight, as in transformers 5."""
-    weight, kind = module._parameters.get("weight"), base_class(module)
-    named = any(word in kind.__name__.lower() for word in ("router", "gate", "gating"))
-    return named and weight is not None and weight.dim() == 2 and not _is_linear(module)
+    weight = module._parameters.get("weight")
+    two_dimensional = weight is not None and weight.dim() == 2
+    return two_dimensional and _is_named_router(base_class(module)) and not _is_linear(module)
+
+
+def _is_named_router(kind: type[nn.Module]) -> bool:
+    return any(word in kind.__name__.lower() for word in ("router", "gate", "gating"))
 
 
 def _no_expert_weight(known: Sequence[str]) -> str:
@@ -581,12 +619,21 @@ def _experts_suggestion(holders: Mapping[str, nn.Module]) -> str:
     return " The model holds no experts as parameters; leave out target_parameters."
 
 
-def _missed_experts(model: nn.Module, unknown: Sequence[str]) -> str:
+def _missed_experts(model: nn.Module, unknown: Mapping[str, str]) -> str:
+    name, why = next(iter(unknown.items()))
     return (
         f"'all-linear' would miss the expert weights of {len(unknown)} modules of {type(model).__name__} "
-        f"({unknown[0]}). To adapt the other layers on purpose, name them (target_modules=['q_proj', 'v_proj']), or "
-        "add the experts to exclude_modules."
+        f"({name}: {why}). {_excluding(list(unknown), _modules(model))}, or name what to adapt "
+        "(target_modules=['q_proj', 'v_proj'])."
     )
+
+
+def _excluding(unfit: Sequence[str], names: Iterable[str]) -> str:
+    """Says how to adapt the rest of a model: with name endings, unless others of the names have these too."""
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in unfit))
+    if {name for name in names if matches(endings, name)} > set(unfit):
+        endings = list(unfit)
+    return f"To adapt everything else, set exclude_modules to {','.join(endings)}"
 
 
 def _is_expert_weight(model: nn.Module, name: str) -> bool:
@@ -654,7 +701,8 @@ def _plain_mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraCo
     if isinstance(module, nn.Linear):
         if not _computes_a_linear(module, base):
             _refuse_own_forward(base, nn.Linear)
-        return LoRAReadLinear if isinstance(parent, nn.TransformerEncoderLayer) else LoRALinear
+        read = isinstance(parent, nn.TransformerEncoderLayer) or _is_dt_proj(name, modules)
+        return LoRAReadLinear if read else LoRALinear
     if isinstance(module, nn.Embedding):
         if name.rpartition(".")[2] == "shared":
             _refuse_shared_table(name, modules)
