@@ -444,10 +444,11 @@ def _literal(name: str) -> str:
 
 
 def parse_target_modules(text: str) -> str | list[str]:
-    """Parses target_modules as written on the command line and in TOML files.
+    """Parses target_modules, or exclude_modules, as written on the command line and in TOML files.
 
     Args:
-        text: names separated by commas, ``all-linear``, or one regular expression that matches whole names.
+        text: names separated by commas, of which ``all-linear`` is one, or one regular expression that matches whole
+            names.
 
     Returns:
         What `LoraConfig` takes: a list of names, or the text itself.
@@ -456,10 +457,13 @@ def parse_target_modules(text: str) -> str | list[str]:
     ['self_attn.q_proj', 'mlp.down_proj']
     >>> parse_target_modules(r".*[qv]_proj"), parse_target_modules("all-linear")
     ('.*[qv]_proj', 'all-linear')
+    >>> parse_target_modules("all-linear,lm_head")
+    ['all-linear', 'lm_head']
     """
     names = [part.strip() for part in text.split(",") if part.strip()]
-    are_names = all(part.isidentifier() or part.isdigit() for name in names for part in name.split("."))
-    return names if are_names else text
+    parts = [part for name in names if name != ALL_LINEAR for part in name.split(".")]
+    are_names = all(part.isidentifier() or part.isdigit() for part in parts)
+    return names if are_names and names != [ALL_LINEAR] else text
 
 
 def parse_token_indices(text: str) -> tuple[int, ...] | dict[str, tuple[int, ...]]:

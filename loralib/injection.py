@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .blocks import mixed_blocks
 from .config import LoraConfig, with_ranks
-from .console import size
+from .console import counted, size
 from .delta import dense
 from .errors import ConfigError, MergeError, TargetError, list_faults
 from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class
@@ -30,6 +30,7 @@ from .targets import (
     TargetModule,
     fully_trained_tensors,
     is_own_forward,
+    left_out,
     match_modules,
     tied_modules,
     unsaved_head,
@@ -666,6 +667,12 @@ def _notes(model: nn.Module, targets: Sequence[TargetModule], config: LoraConfig
         f"{name} shares its weight with {twins}: the update acts only in {name} (as in PEFT), and merging gives it "
         "its own weight"
         for name, twins in tied_modules(model, targets).items()
+    ]
+    reasons: dict[str, list[str]] = {}
+    for name, why in left_out(model, config).items():
+        reasons.setdefault(why, []).append(name)
+    notes += [
+        f"'all-linear' leaves out {counted(len(names), 'module')} ({names[0]}): {why}" for why, names in reasons.items()
     ]
     attention = [target.name for target in targets if issubclass(target.mixin, LoRAMultiheadAttention)]
     if attention:

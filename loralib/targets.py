@@ -44,7 +44,7 @@ from .variants import (
 )
 from .wrapping import input_table, may_adapt, named_modules, named_parameters, named_tensors, output_head
 
-__all__ = ["TargetModule", "fully_trained_tensors", "match_modules", "tied_modules"]
+__all__ = ["TargetModule", "fully_trained_tensors", "left_out", "match_modules", "tied_modules"]
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,15 @@ def match_modules(
         named = [*matched, *(target.name for target in targets if not target.weights)]
         named += [f"{target.name}.{weight.name}" for target in targets for weight in target.weights]
         faults += _unused_entry_faults(model, modules, matched, named, config)
+    unfit = list[str]()
     for name, pattern in matched.items():
         try:
+            if not trained and _is_dt_proj(name, modules):
+                raise TargetError(f"{_READS_DT_PROJ}; leave it out")
             targets.append(_target(name, pattern, _mixin_for(name, modules, config), modules, config, changes))
         except TargetError as error:
             faults.append(f"{name}: {error}")
+            unfit += [name] * (pattern == ALL_LINEAR)
             continue
         if isinstance(modules[name], nn.MultiheadAttention):
             # in_proj and out_proj are adapted together, as in PEFT.
@@ -144,8 +148,17 @@ def match_modules(
     targets.sort(key=lambda target: order[target.name])
     if faults:
         count = f"{len(faults)} problem{'s' if len(faults) > 1 else ''}"
-        raise TargetError(list_faults(f"{count} with target_modules in {type(model).__name__}", faults))
+        fix = f"{_excluding(unfit, matched)}." if unfit else ""
+        raise TargetError(list_faults(f"{count} with target_modules in {type(model).__name__}", faults, fix))
     return targets
+
+
+def left_out(model: nn.Module, config: LoraConfig) -> dict[str, str]:
+    """Returns the linear modules that 'all-linear' does not adapt in a model, each with the reason."""
+    if ALL_LINEAR not in _several(config.target_modules):
+        return {}
+    modules = _modules(model)
+    return {name: why for name, why in _no_plain_linears(modules).items() if why and not _is_left_out(name, config)}
 
 
 # The heads that PEFT trains in full for a task, in addition to the adapter.
@@ -215,8 +228,9 @@ def tied_modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str,
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
     tied = {}
+    sharing = {id(target.module._parameters["weight"]) for target in targets if target.tied}
     for target in targets:
-        if target.token_indices:  # tied tables train the same rows
+        if target.token_indices and id(target.module._parameters["weight"]) in sharing:  # they train the same rows
             continue
         weights = [target.module._parameters[name] for name in target.preview().weight_names]
         tied[target.name] = ", ".join(name for weight in weights for name in owners[id(weight)] if name != target.name)
@@ -232,27 +246,31 @@ def _refuse_kinds(config: LoraConfig, trained: bool) -> None:
 def _token_rows(
     model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, adapted: Collection[str], faults: list[str]
 ) -> list[TargetModule]:
-    """Returns the tables of which single rows are trained, including tables tied to them; appends to `faults`."""
+    """Returns the tables of which single rows are trained; appends to `faults`.
+
+    As in PEFT, tables tied to the input embedding share its rows, unless one of them is named with other rows.  A tied
+    head that is named without the embedding has rows of its own.
+    """
     chosen = config.trainable_token_indices
     if not chosen:
         return []
+    looked_up = input_table(model)
+    owner = next((name for name, module in modules.items() if module is looked_up), "")
     if not isinstance(chosen, Mapping):
-        looked_up = input_table(model)
-        table = next((name for name, module in modules.items() if module is looked_up), None)
-        chosen = {table or "embed_tokens": chosen}
+        chosen = {owner or "embed_tokens": chosen}
     named = {name: key for name in modules if (key := matches(tuple(chosen), name))}
     faults += [
         f"trainable_token_indices[{key!r}] matches nothing.{_similar_names(model, key, modules)}"
         for key in chosen
         if key not in named.values()
     ]
-    tables = {name: (tuple(chosen[key]), False) for name, key in named.items()}
-    for name, key in named.items():
-        weight = modules[name]._parameters.get("weight")
-        twins = [n for n, m in modules.items() if m._parameters.get("weight") is weight and n not in tables]
-        tables |= {twin: (tuple(chosen[key]), True) for twin in twins if weight is not None}
+    tables = {name: tuple(chosen[key]) for name, key in named.items()}
+    twins = _twins(owner, modules) if owner in tables else []
+    if any(tables.get(twin, tables[owner]) != tables[owner] for twin in twins):
+        twins = []
+    tables |= dict.fromkeys(twins, tables.get(owner, ()))
     found = []
-    for name, (indices, tied) in tables.items():
+    for name, indices in tables.items():
         if fault := _token_rows_fault(name, modules[name], indices, config, adapted):
             faults.append(f"trainable_token_indices of {name}: {fault}")
             continue
@@ -266,10 +284,16 @@ def _token_rows(
                 lora_alpha=1,
                 pattern="trainable_token_indices",
                 token_indices=indices,
-                tied=tied,
+                tied=name in twins,
             )
         )
     return found
+
+
+def _twins(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the names of the other modules that have a module's weight."""
+    weight = modules[name]._parameters.get("weight")
+    return [n for n, m in modules.items() if n != name and weight is not None and m._parameters.get("weight") is weight]
 
 
 def _token_rows_fault(
@@ -304,19 +328,40 @@ def _matched_patterns(model: nn.Module, modules: Mapping[str, nn.Module], config
     """Returns the matching entry of target_modules for each module that has one."""
     entries = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules or ()
     if ALL_LINEAR in entries:
-        left_out = {f"{name}.out_proj" for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
-        head = output_head(model)
+        head, others = output_head(model), _no_plain_linears(modules)
         patterns = {
             name: ALL_LINEAR
             for name, module in modules.items()
-            if _is_linear(module) and module is not head and name not in left_out
+            if _is_linear(module) and module is not head and name not in others
         }
-        others = [entry for entry in entries if entry != ALL_LINEAR]
-        chosen = {name: patterns.get(name) or matches(others, name) for name in modules}
+        named = [entry for entry in entries if entry != ALL_LINEAR]
+        chosen = {name: patterns.get(name) or matches(named, name) for name in modules}
         patterns = {name: entry for name, entry in chosen.items() if entry}
     else:
         patterns = {name: entry for name in modules if (entry := matches(config.target_modules, name))}
     return {name: pattern for name, pattern in patterns.items() if not _is_left_out(name, config)}
+
+
+def _no_plain_linears(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Returns the linear modules that are not called as such, each with the reason; "" if their parent adapts them."""
+    found = {f"{name}.out_proj": "" for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
+    for name, module in modules.items():
+        kind = base_class(module)
+        if _is_dt_proj(name, modules):
+            found[name] = _READS_DT_PROJ
+        elif isinstance(module, nn.Linear) and _is_named_router(kind) and not _computes_a_linear(module, kind):
+            found[name] = f"{kind.__name__} is a router, which has its own forward"
+    return found
+
+
+def _is_dt_proj(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module is the dt_proj of a Mamba mixer."""
+    path, _, leaf = name.rpartition(".")
+    mixer = modules.get(path)
+    return leaf == "dt_proj" and mixer is not None and "A_log" in mixer._parameters and "x_proj" in mixer._modules
+
+
+_READS_DT_PROJ = "Mamba reads this weight without calling the module, so that an adapter of it has no effect in PEFT"
 
 
 def _is_left_out(name: str, config: LoraConfig) -> bool:
@@ -435,7 +480,7 @@ def _experts(
     """Returns the expert modules whose weights are adapted; appends what is impossible to `faults`."""
     holders = {name: module for name, module in modules.items() if holds_experts(name, module)}
     chosen, routers = _named_parameters_of(model, holders, config, trained, faults)
-    unknown = list[str]()
+    unknown = dict[str, str]()
     if config.target_modules is not None and ALL_LINEAR in _several(config.target_modules):
         for name, module in holders.items():
             try:
@@ -444,7 +489,7 @@ def _experts(
                         chosen.setdefault(name, {}).setdefault(leaf, ALL_LINEAR)
             except TargetError as error:
                 if not _is_left_out(name, config):
-                    unknown.append(f"{name}: {error}")
+                    unknown[name] = str(error)
     if unknown:
         faults.append(_missed_experts(model, unknown))
     targets = []
@@ -544,9 +589,13 @@ def _named_parameters_of(
 
 def _is_router(module: nn.Module) -> bool:
     """Whether a module is a router, judging by its class name, that reads its own 2-D weight, as in transformers 5."""
-    weight, kind = module._parameters.get("weight"), base_class(module)
-    named = any(word in kind.__name__.lower() for word in ("router", "gate", "gating"))
-    return named and weight is not None and weight.dim() == 2 and not _is_linear(module)
+    weight = module._parameters.get("weight")
+    two_dimensional = weight is not None and weight.dim() == 2
+    return two_dimensional and _is_named_router(base_class(module)) and not _is_linear(module)
+
+
+def _is_named_router(kind: type[nn.Module]) -> bool:
+    return any(word in kind.__name__.lower() for word in ("router", "gate", "gating"))
 
 
 def _no_expert_weight(known: Sequence[str]) -> str:
@@ -570,12 +619,21 @@ def _experts_suggestion(holders: Mapping[str, nn.Module]) -> str:
     return " The model holds no experts as parameters; leave out target_parameters."
 
 
-def _missed_experts(model: nn.Module, unknown: Sequence[str]) -> str:
+def _missed_experts(model: nn.Module, unknown: Mapping[str, str]) -> str:
+    name, why = next(iter(unknown.items()))
     return (
         f"'all-linear' would miss the expert weights of {len(unknown)} modules of {type(model).__name__} "
-        f"({unknown[0]}). To adapt the other layers on purpose, name them (target_modules=['q_proj', 'v_proj']), or "
-        "add the experts to exclude_modules."
+        f"({name}: {why}). {_excluding(list(unknown), _modules(model))}, or name what to adapt "
+        "(target_modules=['q_proj', 'v_proj'])."
     )
+
+
+def _excluding(unfit: Sequence[str], names: Iterable[str]) -> str:
+    """Says how to adapt the rest of a model: with name endings, unless others of the names have these too."""
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in unfit))
+    if {name for name in names if matches(endings, name)} > set(unfit):
+        endings = list(unfit)
+    return f"To adapt everything else, set exclude_modules to {','.join(endings)}"
 
 
 def _is_expert_weight(model: nn.Module, name: str) -> bool:
@@ -643,10 +701,11 @@ def _plain_mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraCo
     if isinstance(module, nn.Linear):
         if not _computes_a_linear(module, base):
             _refuse_own_forward(base, nn.Linear)
-        return LoRAReadLinear if isinstance(parent, nn.TransformerEncoderLayer) else LoRALinear
+        read = isinstance(parent, nn.TransformerEncoderLayer) or _is_dt_proj(name, modules)
+        return LoRAReadLinear if read else LoRALinear
     if isinstance(module, nn.Embedding):
         if name.rpartition(".")[2] == "shared":
-            _refuse_shared_table(module, modules)
+            _refuse_shared_table(name, modules)
         if not hasattr(module, "embed_scale"):  # scales the rows (Gemma, BART); see LoRAEmbedding
             _refuse_own_forward(base, nn.Embedding)
         return LoRAEmbedding
@@ -670,10 +729,9 @@ def _plain_mixin_for(name: str, modules: Mapping[str, nn.Module], config: LoraCo
     )
 
 
-def _refuse_shared_table(module: nn.Embedding, modules: Mapping[str, nn.Module]) -> None:
+def _refuse_shared_table(name: str, modules: Mapping[str, nn.Module]) -> None:
     """Refuses the shared embedding of T5, BART and similar models, which is never called; others use its weight."""
-    tables = {name: m for name, m in modules.items() if isinstance(m, nn.Embedding) and m is not module}
-    twins = [name for name, m in tables.items() if m._parameters.get("weight") is module._parameters.get("weight")]
+    twins = [twin for twin in _twins(name, modules) if isinstance(modules[twin], nn.Embedding)]
     if twins:
         endings = sorted({twin.rpartition(".")[2] for twin in twins})
         raise TargetError(

@@ -6,6 +6,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -423,6 +424,37 @@ def test_dropout_inside_attention_is_refused() -> None:
     model, _ = attention()
     with pytest.raises(TargetError, match=r"lora_dropout 0\.1 cannot act inside nn\.MultiheadAttention"):
         lora.inject(model, lora.LoraConfig(target_modules=["attn"], lora_dropout=0.1))
+
+
+def jamba() -> Any:
+    """A Mamba mixer, then an attention."""
+    more = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "use_mamba_kernels": False}
+    return text(hf.JambaForCausalLM, hf.JambaConfig, num_hidden_layers=2, num_experts=2, **more, without=["head_dim"])
+
+
+def test_dt_proj_of_mamba_is_left_out_and_said_so() -> None:
+    model, _ = jamba()
+    report = lora.inject(model, lora.LoraConfig(r=2, target_modules="all-linear"))
+    assert "model.layers.0.mamba.x_proj" in report.targets
+    assert "model.layers.0.mamba.dt_proj" not in report.targets
+    assert "leaves out 1 module (model.layers.0.mamba.dt_proj): Mamba reads this weight" in report.notes[0]
+    lora.remove(model)
+    with pytest.raises(TargetError, match=r"mamba.dt_proj: Mamba reads this weight without calling .* leave it out"):
+        adapt(model, "dt_proj")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_an_adapter_of_dt_proj_from_elsewhere_computes_what_it_computes_merged(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base, logits = jamba()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["dt_proj"]))
+    nn.init.normal_(theirs.base_model.model.model.layers[0].mamba.dt_proj.lora_B["default"].weight)
+    theirs.save_pretrained(tmp_path)
+    model = copy.deepcopy(base).eval()
+    lora.load_adapter(model, tmp_path)
+    assert not torch.equal(logits(model), logits(base.eval()))
+    torch.testing.assert_close(logits(model), logits(theirs.merge_and_unload().eval()))
 
 
 @pytest.mark.parametrize("make", [t5, bart])

@@ -519,8 +519,25 @@ def test_an_architecture_that_computes_otherwise_is_refused_by_name() -> None:
         **SIZES, num_local_experts=2, num_experts_per_tok=1, head_dim=8, intermediate_size_mlp=12
     )
     model = hf.Llama4ForCausalLM(config)
-    with pytest.raises(TargetError, match="Llama4TextExperts computes its experts in its own way"):
+    message = r"Llama4TextExperts computes its experts in its own way.* set exclude_modules to experts,"
+    with pytest.raises(TargetError, match=message):
         lora.inject(model, lora.LoraConfig(target_modules="all-linear"))
-    assert lora.inject(
-        model, lora.LoraConfig(target_modules="all-linear", exclude_modules=["experts", "router"])
-    ).targets
+    report = lora.inject(model, lora.LoraConfig(target_modules="all-linear", exclude_modules=["experts"]))
+    assert not any("router" in name for name in report.targets)
+    [note] = report.notes
+    assert "'all-linear' leaves out 2 modules (model.layers.0.feed_forward.router): Llama4Router is a router" in note
+
+
+def test_the_way_to_leave_out_experts_has_their_own_names() -> None:
+    model = hf.JetMoeForCausalLM(hf.JetMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, kv_channels=8))
+    with pytest.raises(TargetError, match=r"8 modules .* set exclude_modules to input_linear,output_linear,"):
+        lora.inject(model, lora.LoraConfig(r=2, target_modules="all-linear"))
+    exclude = ["input_linear", "output_linear"]
+    assert lora.inject(model, lora.LoraConfig(r=2, target_modules="all-linear", exclude_modules=exclude)).targets
+
+
+def test_a_router_that_is_a_linear_class_of_its_own_is_left_out() -> None:
+    model = hf.PhimoeForCausalLM(hf.PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
+    report = lora.inject(model, lora.LoraConfig(r=2, target_modules="all-linear"))
+    assert {name.rpartition(".")[2] for name in report.targets} == {"q_proj", "k_proj", "v_proj", "o_proj", "experts"}
+    assert "PhimoeTopKRouter is a router" in report.notes[0]

@@ -36,6 +36,15 @@ def llama(**more: Any) -> Any:
     return hf.LlamaForCausalLM(config).eval()
 
 
+def bart() -> Any:
+    """A model whose embedding, head, and tables of encoder and decoder are all tied."""
+    torch.manual_seed(0)
+    sizes = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
+    sizes = {f"{side}_{size}": number for side in ("encoder", "decoder") for size, number in sizes.items()}
+    config = hf.BartConfig(vocab_size=40, d_model=16, scale_embedding=True, max_position_embeddings=32, **sizes)
+    return hf.BartForConditionalGeneration(config).eval()
+
+
 class ConvNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -105,6 +114,16 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Tensor], dict[str, Any]]]
         llama,
         lambda: IDS,
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [7]}},
+    ),
+    **{
+        f"token rows of {rows}": (gpt2, lambda: IDS, {"target_modules": ["c_attn"], "trainable_token_indices": rows})
+        for rows in ({"wte": [3, 8], "lm_head": [3, 8]}, {"wte": [3, 8], "lm_head": [9]}, {"lm_head": [3, 8]})
+    },
+    "token rows of a scaled table": (bart, lambda: IDS, {"target_modules": ["fc1"], "trainable_token_indices": [3, 8]}),
+    "token rows of a twin": (
+        bart,
+        lambda: IDS,
+        {"target_modules": ["fc1"], "trainable_token_indices": {"decoder.embed_tokens": [3, 8]}},
     ),
     "saved modules": (llama, lambda: IDS, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
     "saved tied head": (gpt2, lambda: IDS, {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]}),

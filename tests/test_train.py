@@ -492,6 +492,11 @@ def test_layers_that_never_ran_are_listed(tmp_path: Path, capsys: pytest.Capture
     assert "unused" in printed
 
 
+def test_adapted_layers_none_of_which_ran_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(errors.NothingLearnedError, match=r"(?s)1 of 1 adapted layer .*unused: never ran"):
+        train(settings(tmp_path, target_modules="unused"), Detached())
+
+
 def test_an_adapter_that_ends_as_it_began_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         errors.NothingLearnedError, match=r"none of the adapter's \d+ tensors in \d+ updates?.*Raise --lr"

@@ -177,6 +177,17 @@ def test_tied_tables_stay_one_when_their_rows_are_merged() -> None:
     torch.testing.assert_close(logits(base), expected)
 
 
+def test_rows_of_a_tied_head_alone_act_in_the_head_alone() -> None:
+    model, base = llama(tied=True), llama(tied=True)
+    report = lora.inject(model, lora.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"lm_head": [5]}))
+    assert "lm_head shares its weight with model.embed_tokens: the update acts only in lm_head" in report.notes[0]
+    torch.nn.init.ones_(model.lm_head.lora_token_rows)
+    merge_into(base, lora.adapter_of(model))
+    torch.testing.assert_close(logits(base), logits(model))
+    assert not base.config.tie_word_embeddings
+    assert torch.equal(base.model.embed_tokens.weight, llama().model.embed_tokens.weight)
+
+
 # Contradictions.
 
 

@@ -29,7 +29,7 @@ from ..formats import read_adapter
 from ..modes import evaluating
 from .class_metrics import class_figures, confusion, moments, number_figures
 from .config import TrainConfig
-from .objective import StepStats
+from .objective import StepStats, differentiate
 from .plan import how_to_read, is_tokens
 
 __all__ = ["ClassificationStep", "by_length", "labels_for", "prepare_classifier"]
@@ -228,7 +228,7 @@ class ClassificationStep:
             logits, tokens = self._logits(batch)
             losses, sums = self._sums(logits, cast("Sequence[ClassRow]", batch))
             if factor is not None:
-                (losses * factor).backward()
+                differentiate(losses * factor)
             made[:] = [(sums, tokens)]
             return losses.detach()
 

@@ -182,6 +182,12 @@ class TrainConfig:
         "adapter",
         several="names",
     )
+    exclude_modules: str | Sequence[str] | None = setting(
+        None,
+        "modules and expert weights not to adapt: comma-separated names, or a single regular expression",
+        "adapter",
+        several="names",
+    )
     enable_lora: str | Mapping[str, Sequence[bool | int]] | None = setting(
         None,
         "blocks of fused projections to adapt: c_attn=1,0,1 adapts q and v; semicolons separate projections",
@@ -428,8 +434,9 @@ class TrainConfig:
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self._targets(),
+            target_modules=_modules(self.target_modules),
             target_parameters=_names(self.target_parameters),
+            exclude_modules=_modules(self.exclude_modules),
             enable_lora=self._blocks(),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
@@ -442,14 +449,9 @@ class TrainConfig:
             task_type="SEQ_CLS" if self.task == "classify" else "CAUSAL_LM",
         )
 
-    def _targets(self) -> str | Sequence[str]:
-        return (
-            parse_target_modules(self.target_modules) if isinstance(self.target_modules, str) else self.target_modules
-        )
-
     def _blocks(self) -> dict[str, tuple[bool, ...]]:
         if isinstance(self.enable_lora, str):
-            return parse_enable_lora(self.enable_lora, self._targets())
+            return parse_enable_lora(self.enable_lora, _modules(self.target_modules))
         return {name: tuple(map(bool, blocks)) for name, blocks in (self.enable_lora or {}).items()}
 
     def _patterns(self) -> LoraConfig:
@@ -467,6 +469,11 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns all settings as plain values."""
         return dataclasses.asdict(self)
+
+
+def _modules(given: str | Sequence[str] | None) -> str | Sequence[str] | None:
+    """Reads names of modules given as one string: names separated by commas, or an expression."""
+    return parse_target_modules(given) if isinstance(given, str) else given
 
 
 def _names(given: str | Sequence[str] | None) -> Sequence[str] | None:

@@ -18,7 +18,7 @@ from ..wrapping import is_spread
 from .ranks import ALONE, Ranks
 from .shares import deal
 
-__all__ = ["StepStats", "TrainingStep", "evaluate", "evaluate_loss", "in_batches"]
+__all__ = ["StepStats", "TrainingStep", "differentiate", "evaluate", "evaluate_loss", "in_batches"]
 
 Example = Any  # a `TokenExample`, or another type with the same attributes
 
@@ -46,6 +46,15 @@ class StepStats:
     def loss_sum(self) -> Tensor:
         """() the sum of the losses."""
         return self.sums[0]
+
+
+def differentiate(objective: Tensor) -> None:
+    """Adds an objective's gradients to those of the trained parameters: none, if no adapted layer took part.
+
+    `loralib.training.trainer.check_gradients` then names the layers.
+    """
+    if objective.requires_grad:
+        objective.backward()
 
 
 class TrainingStep(Protocol):

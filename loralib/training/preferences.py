@@ -23,7 +23,7 @@ from ..engine.transfer import to_device
 from ..errors import UnsupportedModelError
 from ..modes import evaluating
 from ..wrapping import is_spread
-from .objective import StepStats, in_batches
+from .objective import StepStats, differentiate, in_batches
 from .ranks import ALONE, Ranks
 from .shares import deal
 from .step import Step
@@ -170,18 +170,18 @@ class PreferenceStep(Step):
     ) -> tuple[Tensor, Tensor, Pack]:
         laid, made = self._lay(pairs), list[tuple[Tensor, Tensor]]()
 
-        def backward(factor: float) -> Tensor:
+        def compute(factor: float) -> Tensor:
             objective, sums = self.losses(self._answers(laid, pairs), pairs, scale)
             made[:] = [(sums, objective.detach())]
             if scale is not None:
-                (objective * factor).backward()
+                differentiate(objective * factor)
             return objective.detach()
 
         with self._computing(use, gradient=scale is not None):
             if scale is not None and self._half:
-                scaled_backward(lambda factor: backward(factor * len(pairs)), self._trained(), 1 / len(pairs))
+                scaled_backward(lambda factor: compute(factor * len(pairs)), self._trained(), 1 / len(pairs))
             else:
-                backward(1.0)
+                compute(1.0)
         return *made[0], laid
 
     def _lay(self, pairs: Sequence[PreferencePair]) -> Pack:

@@ -13,7 +13,7 @@ from ..data.packing import Pack, extended, pack, pad, side_by_side
 from ..data.tokens import TokenExample
 from ..engine.loss import Predictions, head_loss
 from ..modes import evaluating
-from .objective import StepStats, in_batches
+from .objective import StepStats, differentiate, in_batches
 from .step import Step
 
 __all__ = ["RunBatch", "SharedStep"]
@@ -92,7 +92,7 @@ class SharedStep(Step):
         found = head_loss(head, states, predictions, gradient_scale=None if scales[0] is None else 1.0, **options)
         assert found.state_losses is not None
         if scales[0] is not None:
-            found.objective.backward()
+            differentiate(found.objective)
         parts = found.state_losses.split(of_states.diff().tolist())
         return [part.sum() / scale for part, scale in zip(parts, given, strict=True)]
 

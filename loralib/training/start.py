@@ -157,6 +157,7 @@ _NAMES = {
     "lora_dropout": "lora_dropout",
     "target_modules": "target_modules",
     "target_parameters": "target_parameters",
+    "exclude_modules": "exclude_modules",
     "enable_lora": "enable_lora",
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",

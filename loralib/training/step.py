@@ -33,7 +33,7 @@ from ..engine.transfer import to_device
 from ..errors import ConfigError, UnsupportedModelError
 from ..modes import evaluating
 from ..wrapping import is_spread
-from .objective import StepStats
+from .objective import StepStats, differentiate
 
 __all__ = ["Step", "make_step"]
 
@@ -205,7 +205,7 @@ class Step:
         else:
             loss = head_loss(head, states, predictions, chunk=self._chunk, **options)
         if scale is not None:
-            loss.objective.backward()
+            differentiate(loss.objective)
         return loss.total
 
     def _states(self, laid: Pack, places: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -1,7 +1,7 @@
 """Training and storing only selected rows of token tables (PEFT's `trainable_token_indices`).
 
 An embedding looks up a trained row where there is one; a head computes the corresponding logits with it.  A head tied
-to the embedding shares these rows, as it shares the weight.
+to the embedding shares the embedding's rows, as it shares the weight.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class TokenRowsEmbedding(_TokenRows):
         order = indices.argsort()
         places = order[torch.searchsorted(indices, x, sorter=order).clamp(max=len(indices) - 1)]
         rows = F.embedding(places, self.lora_token_rows).to(y.dtype)
-        scale = getattr(self, "embed_scale", None)  # used by Gemma
-        rows = rows if scale is None else rows * scale.to(y.dtype)
+        scale: Any = getattr(self, "embed_scale", None)  # a tensor in Gemma, a number in BART
+        rows = rows if scale is None else rows * torch.as_tensor(scale, dtype=y.dtype, device=y.device)
         return torch.where((indices[places] == x)[..., None], rows, y)
 
 
@@ -100,10 +100,9 @@ class TokenRowsHead(_TokenRows):
 
 
 def share_rows(layers: Sequence[nn.Module]) -> None:
-    """Makes tied tables train the same rows; the first layer with a given weight saves them."""
-    first: dict[int, _TokenRows] = {}
-    for layer in layers:
-        if isinstance(layer, _TokenRows):
-            owner = first.setdefault(id(layer.base_weight), layer)
-            if owner is not layer and owner.token_indices == layer.token_indices:
-                layer.lora_token_rows, layer.tied = owner.lora_token_rows, True
+    """Makes tied tables train the rows of the table that saves them."""
+    tables = [layer for layer in layers if isinstance(layer, _TokenRows)]
+    owners = {id(table.base_weight): table for table in tables if not table.tied}
+    for table in tables:
+        if table.tied:
+            table.lora_token_rows = owners[id(table.base_weight)].lora_token_rows
