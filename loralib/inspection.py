@@ -25,6 +25,7 @@ from .combine import Update, depends_on_base, faults_of, located_faults, updates
 from .console import count, size, table
 from .data import prompt_ids
 from .delta import effective_rank, scaling_of
+from .engine.limits import input_limit
 from .errors import AdapterError, ConfigError, LoraError, MissingDependencyError, TargetError
 from .files import write_whole
 from .formats import export, make_portable, merge_into, read_adapter
@@ -235,7 +236,7 @@ def verify(
         model: the base model, preferably in fp32; it is left unchanged.
         tokenizer: its tokenizer.
         adapter: any adapter.
-        prompts: texts like those that the adapter was trained on.
+        prompts: texts like those that the adapter was trained on; only as much of each as the model takes is used.
         initial: see `loralib.formats.portable.make_portable`.
         max_new_tokens: length in tokens after which a continuation counts as not ending.
 
@@ -250,7 +251,8 @@ def verify(
     if faults_of(adapter):
         return checks
     checks.append(_check_base(model, adapter))
-    inputs = [torch.tensor(prompt_ids(prompt, tokenizer)) for prompt in prompts]
+    rows = [prompt_ids(prompt, tokenizer)[: input_limit(model, tokenizer)] for prompt in prompts]
+    inputs = [torch.tensor(ids) for ids in rows]
     before = prompt_logits(model, inputs)
     scale = max(1.0, *(float(logits.abs().max()) for logits in before))
     bound = scale * (1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05)
@@ -264,7 +266,7 @@ def verify(
                 checks.append(_check_difference("merged", gap, bound))
                 unmerge(model)
             if hasattr(model, "generate"):
-                checks.append(_check_ends(adapted, tokenizer, prompts, max_new_tokens))
+                checks.append(_check_ends(adapted, tokenizer, rows, max_new_tokens))
     except LoraError as error:
         return [*checks, CheckResult("fault", str(error))]
     checks += [_check_export(model, adapter, target, inputs, after, bound, initial) for target in TARGETS]
@@ -429,11 +431,10 @@ def _check_export(
     return _check_difference(f"exported for {title}", gap, bound + portable.error * gap)
 
 
-def _check_ends(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> CheckResult:
+def _check_ends(model: nn.Module, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) -> CheckResult:
     if getattr(tokenizer, "eos_token_id", None) is None:
         fix = "give the tokenizer an end token (eos_token) that training and generation both use"
         return CheckResult("fault", "the tokenizer has no end token: no text can ever end", fix)
-    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     results = generate(model, tokenizer, rows, max_new_tokens=max_new_tokens)
     ended = sum(result.finish_reason == "stop" for result in results)
     text = f"{ended} of {len(results)} continuations end on their own within {max_new_tokens} tokens"

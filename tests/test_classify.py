@@ -449,6 +449,11 @@ def test_predict_gives_labels_probabilities_and_metrics(
     assert "the meal was so good" in capsys.readouterr().out
 
 
+def test_predict_tells_of_texts_that_it_truncates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--adapter", str(run), "good " * 99, "bad"]) == 0
+    assert "note: 1 of 2 texts are longer than 64 tokens and are truncated" in capsys.readouterr().err
+
+
 def test_batches_of_any_size_give_the_same_predictions(run: Path, data: Path) -> None:
     model, tokenizer = load_adapted_classifier(str(run), dtype="fp32")
     texts = ["good", "the film was very very very bad today", "a great book", "so poor"]

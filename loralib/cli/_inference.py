@@ -17,6 +17,7 @@ from ..bases import base_of, load_base, tokenizer_for, trained_on_chats
 from ..console import counted, duration, parameter_table, say, table
 from ..data import draw, group_by_prompt, prompt_ids, read_examples
 from ..data.examples import Example, chat_of
+from ..engine.limits import input_limit
 from ..errors import ConfigError, LoraError
 from ..formats import read_adapter
 from ..generation import generate
@@ -118,7 +119,7 @@ def _show_statistics(model: nn.Module, tokenizer: Any, adapter: Adapter, example
         ("base model", settings.base_model_name_or_path or "unknown"),
     ]
     say(table(rows, ("adapter", "")))
-    ids = _batch(tokenizer, examples)
+    ids = _batch(model, tokenizer, examples)
     with torch.no_grad():
         logits = _logits(model, ids)
     predicted = logits[0, :10].argmax(-1).tolist()
@@ -169,7 +170,7 @@ def _show_merging(
     adapted: Sequence[str],
     config: InferenceConfig,
 ) -> None:
-    ids = _batch(tokenizer, examples)
+    ids = _batch(model, tokenizer, examples)
     with torch.no_grad():
         apart = _logits(model, ids).float()
         started = time.perf_counter()
@@ -221,8 +222,9 @@ def _tokenizer_for(directory: str, model: nn.Module, tokenizer: Any) -> Any:
     return own
 
 
-def _batch(tokenizer: Any, examples: Sequence[Example], rows: int = 2, width: int = 32) -> Tensor:
-    """Returns token ids (rows, width): the examples' texts concatenated, repeated or cut to fill the shape."""
+def _batch(model: nn.Module, tokenizer: Any, examples: Sequence[Example], rows: int = 2) -> Tensor:
+    """Returns token ids (rows, 32 or the model's limit): the examples' texts joined, repeated or cut to that shape."""
+    width = min(32, input_limit(model, tokenizer) or 32)
     ids = [
         token for example in examples for token in prompt_ids(example.prompt + " ".join(example.references), tokenizer)
     ]
