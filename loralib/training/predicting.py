@@ -48,8 +48,8 @@ def predict(
         model: a text classifier, with or without an adapter: from `loralib.load_classifier`, or transformers'
             AutoModelForSequenceClassification.
         tokenizer: the model's tokenizer.
-        texts: each a text, a pair of texts, or an `Example`; those longer than the model's context are truncated, and a note
-            says how many.
+        texts: each a text, a pair of texts, or an `Example`; those longer than the model's context are truncated, and
+            a note says how many.
         batch_size: how many texts to compute at once.  They are grouped by length, so their order does not matter.
 
     Returns:
