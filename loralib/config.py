@@ -402,7 +402,7 @@ _MERGE_IN_PEFT: Final = (
 )
 # What to do instead of using one of PEFT's fields: when reading an adapter that has it, and when training one.
 _READING: Final = {
-    "alora_invocation_tokens": "an activated LoRA acts only after these tokens, so it cannot be merged; PEFT can run it",
+    "alora_invocation_tokens": "an activated LoRA acts only after these tokens and cannot be merged; PEFT can run it",
     "arrow_config": "PEFT routes between several adapters; use each of them by itself, or run them in PEFT",
     "ensure_weight_tying": "the tied embedding and head are trained as one; PEFT can run it, and can merge it only if "
     "modules_to_save, not target_modules, names them",

@@ -28,7 +28,7 @@ from .delta import effective_rank, scaling_of
 from .engine.limits import input_limit
 from .errors import AdapterError, ConfigError, LoraError, MissingDependencyError, TargetError
 from .files import write_whole
-from .formats import export, make_portable, merge_into, read_adapter
+from .formats import export, make_portable, merge_into, read_adapter, vllm
 from .formats.merged import logit_difference, prompt_logits
 from .formats.portable import TARGETS
 from .generation import generate
@@ -333,11 +333,14 @@ def _uses(adapter: Adapter) -> dict[str, str]:
     """Returns whether and how each tool can use the adapter."""
     config = adapter.config
     full_training = [name for name in ("modules_to_save", "bias") if getattr(config, name) not in (None, (), "none")]
+    head_loads = bool(config.modules_to_save) and not (
+        vllm.head_faults(config, None) or vllm.tensor_faults(adapter.tensors)
+    )
     special = "DoRA" if config.use_dora else str(config.init_lora_weights) if config.changes_base else ""
     uses = {"peft": "yes, as it is" if not config.enable_lora else "yes, once saved as a PEFT directory"}
     for target in ("vllm", "llamacpp", "mlx"):
         convert = f"after loralib convert --target {target} --model MODEL"
-        if full_training:
+        if full_training and not (target == "vllm" and head_loads):
             uses[target] = f"no: {' and '.join(full_training)} are not loaded by it; merge the adapter (loralib merge)"
         elif config.lora_bias or config.trainable_token_indices:
             what = "lora_bias" if config.lora_bias else "trainable_token_indices"
@@ -350,6 +353,8 @@ def _uses(adapter: Adapter) -> dict[str, str]:
             uses[target] = "yes, as it is"
         else:
             uses[target] = convert
+        if target == "vllm" and head_loads:
+            uses[target] += ", on a base that has a head of the same size"
     return uses
 
 

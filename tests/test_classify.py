@@ -477,6 +477,20 @@ def test_merge_takes_the_head_along(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert "good" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("target", "line"),
+    [
+        ("peft", "AutoModelForSequenceClassification.from_pretrained('BASE', num_labels=2)"),
+        ("vllm", "vllm serve BASE --runner pooling --convert classify --enable-lora"),
+    ],
+)
+def test_convert_says_how_to_use_a_classifier(
+    target: str, line: str, run: Path, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(run), str(tmp_path / "out"), "--target", target]) == 0
+    assert line.replace("BASE", base) in capsys.readouterr().out
+
+
 def test_the_example_learns_without_a_pretrained_model(
     tmp_path: Path, load_file: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
