@@ -28,7 +28,7 @@ from loralib.bases.classifiers import (
 from loralib.bases.loading import load_tokenizer
 from loralib.cli import main, run_command
 from loralib.data import ClassRow, Labels, encode_classes, read_sources
-from loralib.errors import BaseModelError, ConfigError
+from loralib.errors import AdapterError, BaseModelError, ConfigError
 from loralib.formats import read_adapter
 from loralib.training import TrainConfig
 from loralib.training.class_metrics import class_figures, confusion, moments, number_figures, spearman
@@ -625,6 +625,10 @@ def test_predict_refuses_what_is_no_classifier(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_classifier_writes_no_texts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "loralib predict" in told(["generate", "--adapter", str(run), "a text"], capsys)
+    assert "loralib predict" in told(["verify", "http://localhost:1", "--adapter", str(run)], capsys)
+    written = C.GPT2LMHeadModel(C.GPT2Config(**GPT2))
+    with pytest.raises(AdapterError, match="'it' is a classifier, which labels texts"):
+        lora.Bank(written).load("it", run)
 
 
 def test_models_without_a_form_for_classification_are_refused() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, ApplyReport, apply_adapter
-from ..bases import base_of, load_base, tokenizer_for, trained_on_chats
+from ..bases import base_of, load_base, refuse_classifier, tokenizer_for, trained_on_chats
 from ..console import counted, duration, parameter_table, say, table
 from ..data import draw, group_by_prompt, prompt_ids, read_examples
 from ..data.examples import Example, chat_of
@@ -64,6 +64,8 @@ def run_inference(config: InferenceConfig) -> None:
     """
     directories = [config.adapter] if isinstance(config.adapter, str) else list(config.adapter)
     adapters = {directory: read_adapter(directory) for directory in directories}
+    for directory, adapter in adapters.items():
+        refuse_classifier(adapter, directory)
     first = adapters[directories[0]]
     examples = _examples(config)
     name = base_of(first, config.model)
