@@ -323,8 +323,8 @@ class LoraConfig:
                 list_faults(
                     "adapter_config.json uses settings that loralib does not know, and ignoring them would change "
                     "the result",
-                    faults,
-                    _MERGE_IN_PEFT,
+                    list(faults.values()),
+                    _MERGE_IN_PEFT if all(_merges_in_peft(key, values) for key in faults) else "",
                 )
             )
         return cls._chosen({key: value for key, value in values.items() if key != "eva_config"})
@@ -347,7 +347,8 @@ class LoraConfig:
                 "same name"
             )
         if faults := _unknown_fields(cls, values, _TRAINING):
-            raise ConfigError(list_faults("the config asks for features that loralib does not train", faults))
+            title = "the config asks for features that loralib does not train"
+            raise ConfigError(list_faults(title, list(faults.values())))
         return cls._chosen(values)
 
     @classmethod
@@ -363,14 +364,36 @@ class LoraConfig:
         return cls(**chosen)
 
 
-def _unknown_fields(known: type, values: Mapping[str, Any], ways: Mapping[str, str]) -> list[str]:
-    """Describes unknown fields whose meaning would be lost, each with a way out if there is one."""
+def _unknown_fields(known: type, values: Mapping[str, Any], ways: Mapping[str, str]) -> dict[str, str]:
+    """Describes by name unknown fields whose meaning would be lost, each with a way out if there is one."""
     names = {spec.name for spec in dataclasses.fields(known)}
-    return [
-        f"{key} = {str(value)[:80]!r}" + (f": {ways[key]}" if key in ways else did_you_mean(key, names))
+    return {
+        key: f"{key} = {str(value)[:80]!r}" + (f": {ways[key]}" if key in ways else did_you_mean(key, names))
         for key, value in values.items()
-        if key not in names and key not in _HARMLESS and not _is_off(value)
-    ]
+        if key not in names and key not in _HARMLESS and not _is_off(value) and not _ties_nothing(key, values)
+    }
+
+
+def _ties_nothing(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether this is ``ensure_weight_tying`` without effect: PEFT ties only adapters and copies of these tables."""
+    return key == "ensure_weight_tying" and not any(
+        _names_a_table(values.get(name)) for name in ("target_modules", "modules_to_save")
+    )
+
+
+def _merges_in_peft(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether PEFT merges correctly what it trained with this field."""
+    if key == "ensure_weight_tying":  # two tied tables with one update: merging adds it twice
+        return not _names_a_table(values.get("target_modules"))
+    return key in ("kasa_config", "monteclora_config", "use_bdlora")
+
+
+def _names_a_table(modules: Any) -> bool:
+    """Whether names of modules, or an expression for them, include a table of tokens as PEFT knows it."""
+    tables = ("embed_tokens", "lm_head")
+    if isinstance(modules, str):
+        return any(re.fullmatch(modules, table) for table in tables)
+    return any(str(name).rpartition(".")[2] in tables for name in modules or ())
 
 
 _MERGE_IN_PEFT: Final = (
@@ -380,7 +403,15 @@ _MERGE_IN_PEFT: Final = (
 # What to do instead of using one of PEFT's fields: when reading an adapter that has it, and when training one.
 _READING: Final = {
     "alora_invocation_tokens": "an activated LoRA acts only after these tokens and cannot be merged; PEFT can run it",
-    "ensure_weight_tying": "the tied embedding and head share one update; merge it with PEFT as described below",
+    "arrow_config": "PEFT routes between several adapters; use each of them by itself, or run them in PEFT",
+    "ensure_weight_tying": "the tied embedding and head are trained as one; PEFT can run it, and can merge it only if "
+    "modules_to_save, not target_modules, names them",
+    "kasa_config": "KaSA also changes the base's weights",
+    "layer_replication": "the repeated layers share the base's weights but have updates of their own, so it cannot be "
+    "merged; PEFT can run it",
+    "monteclora_config": "MonteCLoRA also learns the spread of its factors",
+    "use_bdlora": "BD-LoRA stores block-diagonal factors",
+    "use_qalora": "QALoRA reads averages of the inputs of a quantised base, so it cannot be merged; PEFT can run it",
 }
 _TRAINING: Final = {
     "alora_invocation_tokens": "loralib does not train activated LoRA; leave it out for plain LoRA, or train with PEFT",

@@ -25,9 +25,10 @@ from .combine import Update, depends_on_base, faults_of, located_faults, updates
 from .console import count, size, table
 from .data import prompt_ids
 from .delta import effective_rank, scaling_of
+from .engine.limits import input_limit
 from .errors import AdapterError, ConfigError, LoraError, MissingDependencyError, TargetError
 from .files import write_whole
-from .formats import export, make_portable, merge_into, read_adapter
+from .formats import export, make_portable, merge_into, read_adapter, vllm
 from .formats.merged import logit_difference, prompt_logits
 from .formats.portable import TARGETS
 from .generation import generate
@@ -235,7 +236,7 @@ def verify(
         model: the base model, preferably in fp32; it is left unchanged.
         tokenizer: its tokenizer.
         adapter: any adapter.
-        prompts: texts like those that the adapter was trained on.
+        prompts: texts like those that the adapter was trained on; only as much of each as the model takes is used.
         initial: see `loralib.formats.portable.make_portable`.
         max_new_tokens: length in tokens after which a continuation counts as not ending.
 
@@ -250,7 +251,8 @@ def verify(
     if faults_of(adapter):
         return checks
     checks.append(_check_base(model, adapter))
-    inputs = [torch.tensor(prompt_ids(prompt, tokenizer)) for prompt in prompts]
+    rows = [prompt_ids(prompt, tokenizer)[: input_limit(model, tokenizer)] for prompt in prompts]
+    inputs = [torch.tensor(ids) for ids in rows]
     before = prompt_logits(model, inputs)
     scale = max(1.0, *(float(logits.abs().max()) for logits in before))
     bound = scale * (1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05)
@@ -264,7 +266,7 @@ def verify(
                 checks.append(_check_difference("merged", gap, bound))
                 unmerge(model)
             if hasattr(model, "generate"):
-                checks.append(_check_ends(adapted, tokenizer, prompts, max_new_tokens))
+                checks.append(_check_ends(adapted, tokenizer, rows, max_new_tokens))
     except LoraError as error:
         return [*checks, CheckResult("fault", str(error))]
     checks += [_check_export(model, adapter, target, inputs, after, bound, initial) for target in TARGETS]
@@ -331,11 +333,14 @@ def _uses(adapter: Adapter) -> dict[str, str]:
     """Returns whether and how each tool can use the adapter."""
     config = adapter.config
     full_training = [name for name in ("modules_to_save", "bias") if getattr(config, name) not in (None, (), "none")]
+    head_loads = bool(config.modules_to_save) and not (
+        vllm.head_faults(config, None) or vllm.tensor_faults(adapter.tensors)
+    )
     special = "DoRA" if config.use_dora else str(config.init_lora_weights) if config.changes_base else ""
     uses = {"peft": "yes, as it is" if not config.enable_lora else "yes, once saved as a PEFT directory"}
     for target in ("vllm", "llamacpp", "mlx"):
         convert = f"after loralib convert --target {target} --model MODEL"
-        if full_training:
+        if full_training and not (target == "vllm" and head_loads):
             uses[target] = f"no: {' and '.join(full_training)} are not loaded by it; merge the adapter (loralib merge)"
         elif config.lora_bias or config.trainable_token_indices:
             what = "lora_bias" if config.lora_bias else "trainable_token_indices"
@@ -348,6 +353,8 @@ def _uses(adapter: Adapter) -> dict[str, str]:
             uses[target] = "yes, as it is"
         else:
             uses[target] = convert
+        if target == "vllm" and head_loads:
+            uses[target] += ", on a base that has a head of the same size"
     return uses
 
 
@@ -429,11 +436,10 @@ def _check_export(
     return _check_difference(f"exported for {title}", gap, bound + portable.error * gap)
 
 
-def _check_ends(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> CheckResult:
+def _check_ends(model: nn.Module, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) -> CheckResult:
     if getattr(tokenizer, "eos_token_id", None) is None:
         fix = "give the tokenizer an end token (eos_token) that training and generation both use"
         return CheckResult("fault", "the tokenizer has no end token: no text can ever end", fix)
-    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     results = generate(model, tokenizer, rows, max_new_tokens=max_new_tokens)
     ended = sum(result.finish_reason == "stop" for result in results)
     text = f"{ended} of {len(results)} continuations end on their own within {max_new_tokens} tokens"

@@ -209,6 +209,20 @@ def test_merge(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys: A
     torch.testing.assert_close(logits(fresh(tmp_path / "m")), logits(adapted), rtol=0, atol=1e-5)
 
 
+def test_a_model_of_few_positions_is_checked_with_short_prompts(base: Path, tmp_path: Path, capsys: Any) -> None:
+    small = tmp_path / "small"
+    config = transformers.GPT2Config(vocab_size=98, n_embd=16, n_layer=1, n_head=2, n_positions=16, eos_token_id=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(small)
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(small)
+    model = fresh(small)
+    lora.inject(model, LoraConfig(r=2, target_modules=["c_attn"]))
+    torch.nn.init.ones_(model.transformer.h[0].attn.c_attn.lora_B)
+    lora.save_adapter(model, tmp_path / "adapter")
+    assert run("merge", tmp_path / "adapter", tmp_path / "merged", "--model", small) == 0
+    assert run("inspect", tmp_path / "adapter", "--verify", small) == 0
+    assert "All checks passed" in capsys.readouterr().out
+
+
 def test_merge_writes_the_tokenizer_that_the_adapter_was_trained_with(
     adapter: str, base: Path, tmp_path: Path, capsys: Any
 ) -> None:

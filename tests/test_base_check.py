@@ -295,7 +295,7 @@ def test_beside_an_adapter_of_peft() -> None:
     [
         ({"target_parameters": ["a.b"]}, "leave out target_parameters"),
         ({"alora_invocation_tokens": [3]}, "leave it out for plain LoRA"),
-        ({"ensure_weight_tying": True}, "leave it out"),
+        ({"ensure_weight_tying": True, "modules_to_save": ["lm_head"]}, "leave it out"),
         ({"layer_replication": [(0, 1)]}, "repeat them in the model first"),
         ({"init_lora_weights": "gaussian"}, "leave it out for the default start"),
     ],

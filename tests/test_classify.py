@@ -28,7 +28,7 @@ from loralib.bases.classifiers import (
 from loralib.bases.loading import load_tokenizer
 from loralib.cli import main, run_command
 from loralib.data import ClassRow, Labels, encode_classes, read_sources
-from loralib.errors import BaseModelError, ConfigError
+from loralib.errors import AdapterError, BaseModelError, ConfigError
 from loralib.formats import read_adapter
 from loralib.training import TrainConfig
 from loralib.training.class_metrics import class_figures, confusion, moments, number_figures, spearman
@@ -449,6 +449,11 @@ def test_predict_gives_labels_probabilities_and_metrics(
     assert "the meal was so good" in capsys.readouterr().out
 
 
+def test_predict_tells_of_texts_that_it_truncates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--adapter", str(run), "good " * 99, "bad"]) == 0
+    assert "note: 1 of 2 texts are longer than 64 tokens and are truncated" in capsys.readouterr().err
+
+
 def test_batches_of_any_size_give_the_same_predictions(run: Path, data: Path) -> None:
     model, tokenizer = load_adapted_classifier(str(run), dtype="fp32")
     texts = ["good", "the film was very very very bad today", "a great book", "so poor"]
@@ -470,6 +475,20 @@ def test_merge_takes_the_head_along(run: Path, tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert main(["predict", "--model", str(merged), "the film was good"]) == 0
     assert "good" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("target", "line"),
+    [
+        ("peft", "AutoModelForSequenceClassification.from_pretrained('BASE', num_labels=2)"),
+        ("vllm", "vllm serve BASE --runner pooling --convert classify --enable-lora"),
+    ],
+)
+def test_convert_says_how_to_use_a_classifier(
+    target: str, line: str, run: Path, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(run), str(tmp_path / "out"), "--target", target]) == 0
+    assert line.replace("BASE", base) in capsys.readouterr().out
 
 
 def test_the_example_learns_without_a_pretrained_model(
@@ -606,6 +625,10 @@ def test_predict_refuses_what_is_no_classifier(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_classifier_writes_no_texts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "loralib predict" in told(["generate", "--adapter", str(run), "a text"], capsys)
+    assert "loralib predict" in told(["verify", "http://localhost:1", "--adapter", str(run)], capsys)
+    written = C.GPT2LMHeadModel(C.GPT2Config(**GPT2))
+    with pytest.raises(AdapterError, match="'it' is a classifier, which labels texts"):
+        lora.Bank(written).load("it", run)
 
 
 def test_models_without_a_form_for_classification_are_refused() -> None:

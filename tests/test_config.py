@@ -80,13 +80,36 @@ def test_settings_survive_their_file_and_peft_reads_them() -> None:
         ("use_bdlora", {"nblocks": 2}),
         ("kasa_config", {"beta": 1}),
         ("arrow_config", {"top_k": 2}),
-        ("ensure_weight_tying", True),
         ("something_of_tomorrow", 3),
     ],
 )
 def test_what_would_change_the_result_is_refused(key: str, value: Any) -> None:
     with pytest.raises(AdapterError, match=key):
         LoraConfig.from_dict({"peft_type": "LORA", "target_modules": ["a"], key: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "merges"),
+    [
+        ({"use_bdlora": {"nblocks": 2}}, True),
+        ({"kasa_config": {"beta": 1}}, True),
+        ({"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"]}, True),
+        ({"ensure_weight_tying": True, "target_modules": r".*(q_proj|lm_head)"}, False),
+        ({"layer_replication": [[0, 2], [1, 3]]}, False),
+        ({"alora_invocation_tokens": [5]}, False),
+        ({"use_qalora": True, "use_bdlora": {"nblocks": 2}}, False),
+    ],
+)
+def test_pefts_merge_is_recommended_only_where_it_is_right(values: dict[str, Any], merges: bool) -> None:
+    with pytest.raises(AdapterError) as refused:
+        LoraConfig.from_dict({"target_modules": ["q_proj"], **values})
+    assert ("merge_and_unload" in str(refused.value)) is merges
+    assert "Did you mean" not in str(refused.value)
+
+
+def test_weight_tying_that_ties_nothing_is_accepted() -> None:
+    values = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}
+    assert LoraConfig.from_dict({**values, "ensure_weight_tying": True}) == LoraConfig.from_dict(values)
 
 
 def test_other_kinds_and_misspelt_keys_are_refused_together() -> None:

@@ -160,6 +160,26 @@ def test_more_than_rounding_is_seen() -> None:
     assert "MORE than rounding" in str(report)
 
 
+def test_rounding_that_sends_a_token_to_another_expert_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(330)  # with these weights, bf16 changes the choice of an expert
+    experts = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 1, "decoder_sparse_step": 1}
+    base = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **experts)).eval()
+    places = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    adapter, prompts = adapter_of(adapted(base, **places)), [IDS, IDS[:3]]
+    report = merge_and_compare(copy.deepcopy(base), adapter, prompts, torch.bfloat16)
+    assert report.mean_difference > 10 * report.expected_mean
+    assert report.as_expected
+    assert "explained by rounding, which sends some tokens to other experts" in str(report)
+
+    def wrong(model: Any, adapter: Adapter, **more: Any) -> int:
+        modules = merge_into(model, adapter, **more)
+        model.model.layers[0].mlp.experts.down_proj.data[0] *= 1.01  # of a single expert
+        return modules
+
+    monkeypatch.setattr("loralib.formats.merged.merge_into", wrong)
+    assert "MORE than rounding" in str(merge_and_compare(base, adapter, prompts, torch.bfloat16))
+
+
 def test_a_weight_that_is_not_what_the_file_says_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from loralib import layers
     from loralib.formats import merged as module

@@ -126,6 +126,12 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
         "transformer.wpe: llama.cpp does not apply adapters to this module",
     ),
     ("llamacpp", gpt2, {"target_modules": ["wte"]}, "transformer.wte shares its weight with lm_head"),
+    (
+        "llamacpp",
+        lambda: tiny("Qwen3Moe", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8),
+        {"target_modules": None, "target_parameters": ["experts.down_proj"]},
+        "mlp.experts: adapters of experts and routers cannot be written for llama.cpp.*loralib merge",
+    ),
     ("peft", llama, {"lora_bias": True}, "lora_bias"),
 ]
 

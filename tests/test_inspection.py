@@ -125,6 +125,10 @@ def test_where_it_can_be_used(base: Any) -> None:
         uses = inspect_adapter(trained(base, **more)).uses
         assert uses["peft"].startswith("yes")
         assert all(uses[target].startswith("no: ") for target in ("vllm", "llamacpp", "mlx"))
+    classifier = transformers.LlamaForSequenceClassification(base.config)
+    uses = inspect_adapter(trained(classifier, modules_to_save=["score"])).uses
+    assert uses["vllm"] == "yes, as it is, on a base that has a head of the same size"
+    assert uses["llamacpp"].startswith("no: ")
     dora = trained(base)
     dora = Adapter(dora.config.replace(use_dora=True), dora.tensors)
     assert "DoRA becomes plain LoRA" in inspect_adapter(dora).uses["vllm"]

@@ -25,6 +25,7 @@ __all__ = [
     "base_of",
     "common_base",
     "load_adapted",
+    "refuse_classifier",
     "save_tokenizer",
     "tokenizer_for",
     "trained_on_chats",
@@ -105,11 +106,8 @@ def load_adapted(
     value = None if adapter is None or is_read_with_base(adapter) else read_adapter(adapter)
     if adapter is not None and value is None and model is None:
         raise BaseModelError(f"{adapter} does not name its base model; give --model MODEL (model=... in Python)")
-    if value is not None and value.config.task_type == "SEQ_CLS":
-        raise AdapterError(
-            f"{adapter} is a classifier, which labels texts and does not write any: use `loralib predict --adapter "
-            f"{adapter}` (loralib.load_adapted_classifier and loralib.predict in Python)"
-        )
+    if value is not None:
+        refuse_classifier(value, adapter)
     base, tokenizer = load_base(base_of(value, model), dtype=dtype, device=device, quantize=quantize)
     if adapter is not None:
         value = read_adapter(adapter, model=base) if value is None else with_present_names(value, base)
@@ -126,6 +124,19 @@ def apply_and_tell(name: str, adapter: Adapter, base: nn.Module) -> None:
     report = apply_adapter(base, adapter)
     if report.base in ("quantized", "copy"):
         say(f"note: {name}: {report}", file=sys.stderr)
+
+
+def refuse_classifier(adapter: Adapter, name: object) -> None:
+    """Refuses a classifier's adapter where a model is to write texts.
+
+    Raises:
+        AdapterError: it is one; the message says what to use instead.
+    """
+    if adapter.config.task_type == "SEQ_CLS":
+        raise AdapterError(
+            f"{name} is a classifier, which labels texts and does not write any: use `loralib predict` "
+            "(loralib.load_adapted_classifier and loralib.predict in Python)"
+        )
 
 
 def tokenizer_for(adapter: str, base: nn.Module, tokenizer: Any) -> Any:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, ApplyReport, apply_adapter
-from ..bases import base_of, load_base, tokenizer_for, trained_on_chats
+from ..bases import base_of, load_base, refuse_classifier, tokenizer_for, trained_on_chats
 from ..bases.device import DTYPES
 from ..console import counted, duration, parameter_table, say, table
 from ..data import draw, group_by_prompt, prompt_ids, read_examples
 from ..data.examples import Example, chat_of
 from ..engine.forward import device_of, plain_logits
+from ..engine.limits import input_limit
 from ..errors import ConfigError, LoraError
 from ..formats import read_adapter
 from ..generation import generate
@@ -65,6 +66,8 @@ def run_inference(config: InferenceConfig) -> None:
     """
     directories = [config.adapter] if isinstance(config.adapter, str) else list(config.adapter)
     adapters = {directory: read_adapter(directory) for directory in directories}
+    for directory, adapter in adapters.items():
+        refuse_classifier(adapter, directory)
     first = adapters[directories[0]]
     examples = _examples(config)
     name = base_of(first, config.model)
@@ -120,7 +123,7 @@ def _show_statistics(model: nn.Module, tokenizer: Any, adapter: Adapter, example
         ("base model", settings.base_model_name_or_path or "unknown"),
     ]
     say(table(rows, ("adapter", "")))
-    ids = _batch(tokenizer, examples)
+    ids = _batch(model, tokenizer, examples)
     with torch.no_grad():
         logits = plain_logits(model, ids.to(device_of(model)))
     predicted = logits[0, :10].argmax(-1).tolist()
@@ -171,7 +174,7 @@ def _show_merging(
     adapted: Sequence[str],
     config: InferenceConfig,
 ) -> None:
-    ids = _batch(tokenizer, examples)
+    ids = _batch(model, tokenizer, examples)
     with torch.no_grad():
         apart = plain_logits(model, ids.to(device_of(model))).float()
         started = time.perf_counter()
@@ -223,8 +226,9 @@ def _tokenizer_for(directory: str, model: nn.Module, tokenizer: Any) -> Any:
     return own
 
 
-def _batch(tokenizer: Any, examples: Sequence[Example], rows: int = 2, width: int = 32) -> Tensor:
-    """Returns token ids (rows, width): the examples' texts concatenated, repeated or cut to fill the shape."""
+def _batch(model: nn.Module, tokenizer: Any, examples: Sequence[Example], rows: int = 2) -> Tensor:
+    """Returns token ids (rows, 32 or the model's limit): the examples' texts joined, repeated or cut to that shape."""
+    width = min(32, input_limit(model, tokenizer) or 32)
     ids = [
         token for example in examples for token in prompt_ids(example.prompt + " ".join(example.references), tokenizer)
     ]

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..bases import load_adapters_tokenizer, pick_dtype
+from ..bases.classifiers import is_classifier, labels_in
 from ..combine import depends_on_base
 from ..config import HUB_NAMES
 from ..console import counted, say
@@ -70,6 +71,7 @@ def _convert(args: argparse.Namespace) -> None:
         return args.target in ("llamacpp", "mlx") or depends_on_base(adapter)
 
     adapter, model, tokenizer = read_with_base(args.adapter, args, needs_base)
+    labels = max(1, len(labels_in(adapter))) if is_classifier(adapter) else None
     initial = read(args.initial_adapter, args) if args.initial_adapter else None
     portable = make_portable(adapter, args.target, model, r=args.rank, max_error=args.max_error, initial=initial)
     dtype = None if args.dtype is None else pick_dtype(args.dtype, torch.device("cpu"))
@@ -82,14 +84,16 @@ def _convert(args: argparse.Namespace) -> None:
     rounded = f", rounding to {args.dtype} changes an update by up to {moved:.2%}" if moved else ""
     written = f"{counted(len(portable.adapter.modules), 'module')} written to {args.output}"
     say(f"{written}, read back and compared: {exact}{rounded}")
-    _tell_how_to_run(args, portable.adapter, model, tokenizer)
+    _tell_how_to_run(args, portable.adapter, model, tokenizer, labels)
 
 
-def _tell_how_to_run(args: argparse.Namespace, adapter: Adapter, model: nn.Module | None, tokenizer: Any) -> None:
+def _tell_how_to_run(
+    args: argparse.Namespace, adapter: Adapter, model: nn.Module | None, tokenizer: Any, labels: int | None
+) -> None:
     base = args.model or adapter.config.base_model_name_or_path
     r = max(adapter.config.rank_of(name) for name in adapter.modules)
     say("\nTo use it:")
-    for line in how_to_run(args.target, args.output, base, r):
+    for line in how_to_run(args.target, args.output, base, r, adapter.config.task_type, labels):
         say(f"  {line}")
     if args.target == "llamacpp" and model is not None:
         own = load_adapters_tokenizer(args.adapter, model)

@@ -21,6 +21,7 @@ from ..bases.classifiers import is_classifier, load_classifier
 from ..bases.quant import make_dense, round_model
 from ..console import counted, say
 from ..data import prompt_ids
+from ..engine.limits import input_limit
 from ..errors import ConfigError, MergeError, OutputError
 from ..formats import merge_and_compare, save_merged
 from ._adapters import (
@@ -88,7 +89,8 @@ def _merge(args: argparse.Namespace) -> None:
         say(f"The base's linear layers have their {args.quantize} values, off by {error:.2%} of the weights' norm")
     elif held := adapter.metadata.get(QUANTIZE):
         say(f"note: the adapter was trained on the base in {held}; --quantize {held} merges into exactly those weights")
-    inputs = [torch.tensor(prompt_ids(prompt, tokenizer)) for prompt in args.prompt or PROMPTS]
+    limit = input_limit(model, tokenizer)
+    inputs = [torch.tensor(prompt_ids(prompt, tokenizer)[:limit]) for prompt in args.prompt or PROMPTS]
     dtype = pick_dtype(args.dtype, torch.device("cpu"))
     report = merge_and_compare(
         model,

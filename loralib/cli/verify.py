@@ -18,7 +18,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ..bases import base_of, load_base, resize_tables_for, tokenizer_for
+from ..bases import base_of, load_base, refuse_classifier, resize_tables_for, tokenizer_for
 from ..console import counted, say, table
 from ..engine.limits import context_length
 from ..errors import BaseModelError, ConfigError, DataError
@@ -105,6 +105,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     value = None if is_read_with_base(args.adapter) else read_adapter(args.adapter)
     if value is None and args.reference is None:
         raise BaseModelError(f"{args.adapter} does not name its base model; give --reference MODEL")
+    if value is not None:
+        refuse_classifier(value, args.adapter)
     model, tokenizer = load_base(base_of(value, args.reference), dtype=args.dtype, device=args.device)
     value = read_adapter(args.adapter, model=model) if value is None else with_present_names(value, model)
     resize_tables_for(value, model)

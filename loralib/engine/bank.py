@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapter import Adapter, check_fit, expand_blocks
+from ..bases import refuse_classifier
 from ..combine import more_than_low_rank, updates_of, way_out
 from ..errors import AdapterError, UnsupportedModelError, did_you_mean, list_faults
 from ..formats import read_adapter
@@ -205,6 +206,7 @@ class Bank:
         """
         self._check_free(name, replace)
         value = adapter if isinstance(adapter, Adapter) else read_adapter(adapter, model=self.model)
+        refuse_classifier(value, repr(name))
         check_fit(self.model, value, allow_base_mismatch=allow_base_mismatch)
         factors = self._factors_of(value)
         ranks = {module: len(A) for module, (A, _) in factors.items()}

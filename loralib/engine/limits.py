@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import DataError, list_faults
 from ..wrapping import input_table
 
-__all__ = ["context_length", "last_position", "require_ids_in_table", "table_rows"]
+__all__ = ["context_length", "input_limit", "last_position", "require_ids_in_table", "table_rows"]
 
 # Names of tables that are computed or learned for a fixed number of positions: indices beyond their end always fail.
 _POSITIONS = re.compile(r"(^|[._])(wpe|position_embeddings?|embed_positions|positions_embed|pos_emb\w*)$")
@@ -53,6 +53,12 @@ def last_position(model: nn.Module) -> int | None:
     # RoBERTa starts counting after its padding token, within a table of this many rows.
     padding = tables[0].padding_idx if tables and tables[0].num_embeddings == length else None
     return length if padding is None else length - padding - 1
+
+
+def input_limit(model: nn.Module, tokenizer: Any) -> int | None:
+    """Returns the most tokens that a model takes at once, as it or its tokenizer states; None if neither does."""
+    limits = [context_length(model), getattr(tokenizer, "model_max_length", None)]
+    return min((limit for limit in limits if limit is not None and limit < 1 << 30), default=None)
 
 
 def _configured(model: nn.Module) -> int | None:

@@ -362,12 +362,15 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
     """Returns the adapted modules that a tool would compute incorrectly, with reasons."""
     if target == "vllm" and not vllm.takes_adapters(model):
         return [f"vLLM accepts no adapters on {type(model).__name__}"]
-    names: Mapping[str, str] | None = None
-    if target != "vllm":
-        names = gguf_names(model) if target == "llamacpp" else mlx_names(model)
-    faults = []
     title = TARGETS[target]
     modules = match_modules(model, config)
+    of_mixture = [module.name for module in modules if module.weights or module.mixin is LoRARouter]
+    names: Mapping[str, str] | None = None
+    if target != "vllm":
+        if of_mixture:
+            return [f"{name}: adapters of experts and routers cannot be written for {title}" for name in of_mixture]
+        names = gguf_names(model) if target == "llamacpp" else mlx_names(model)
+    faults = []
     if target == "vllm":
         faults += vllm.load_faults(model, [(module.name, module.module) for module in modules])
     shared = tied_modules(model, modules)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import HUB_NAMES
+from ..console import counted
 from . import vllm
 
 __all__ = ["how_to_run", "modelfile"]
@@ -22,7 +23,24 @@ _TALK = [
 ]
 
 
-def how_to_run(target: str, path: str | os.PathLike[str], base: str | None, r: int) -> list[str]:
+# The classes of transformers that hold a model for one of PEFT's tasks; for others it is AutoModelForCausalLM.
+_CLASSES = {
+    "FEATURE_EXTRACTION": "AutoModel",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+
+
+def how_to_run(
+    target: str,
+    path: str | os.PathLike[str],
+    base: str | None,
+    r: int,
+    task_type: str | None = None,
+    labels: int | None = None,
+) -> list[str]:
     """Returns the lines to type in order to use an adapter in a tool.
 
     Args:
@@ -30,6 +48,8 @@ def how_to_run(target: str, path: str | os.PathLike[str], base: str | None, r: i
         path: path of the exported adapter.
         base: the name of its base model, if known.
         r: its largest rank.
+        task_type: PEFT's name for its task.
+        labels: the number of outputs of a classifier's head.
 
     >>> print(*how_to_run("vllm", "out/lora", "Qwen/Qwen2.5-0.5B", 9))
     vllm serve Qwen/Qwen2.5-0.5B --enable-lora --max-lora-rank 16 --lora-modules lora=out/lora
@@ -39,13 +59,17 @@ def how_to_run(target: str, path: str | os.PathLike[str], base: str | None, r: i
         rank = next((limit for limit in vllm.accepted_ranks if limit >= r), r)
         name = Path(path).resolve().name
         flags = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{name}={path}"]
-        return [_command("vllm", "serve", base, *flags)]
+        if labels is None:
+            return [_command("vllm", "serve", base, *flags)]
+        classify = _command("vllm", "serve", base, "--runner", "pooling", "--convert", "classify", *flags)
+        return [f"{classify}   ({base} needs a head with {counted(labels, 'output')}, too)"]
     if target == "llamacpp":
         return [_command("llama-cli", "-m", "BASE.gguf", "--lora", path) + f"   (BASE.gguf: {base} as GGUF)"]
     if target == "mlx":
         return [_command("mlx_lm.generate", "--model", base, "--adapter-path", path, "--prompt", "TEXT")]
+    head = "" if labels is None else f", num_labels={labels}"
     return [
-        f"model = transformers.AutoModelForCausalLM.from_pretrained({base!r})",
+        f"model = transformers.{_CLASSES.get(task_type or '', 'AutoModelForCausalLM')}.from_pretrained({base!r}{head})",
         f"model = peft.PeftModel.from_pretrained(model, {path!r})",
     ]
 

@@ -456,7 +456,11 @@ class TrainConfig:
 
     def _patterns(self) -> LoraConfig:
         """Checks the names of modules, which `LoraConfig` alone knows how to read."""
-        return LoraConfig(target_modules=self._targets(), target_parameters=_names(self.target_parameters))
+        return LoraConfig(
+            target_modules=_modules(self.target_modules),
+            target_parameters=_names(self.target_parameters),
+            exclude_modules=_modules(self.exclude_modules),
+        )
 
     def _token_indices(self) -> Sequence[int] | Mapping[str, Sequence[int]] | None:
         rows = self.trainable_token_indices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from ..bases.classifiers import class_names
+from ..console import say
 from ..data import Example, Labels, encode_classes
-from ..engine.limits import context_length
+from ..engine.limits import input_limit
 from ..errors import ConfigError
 from ..modes import evaluating
 from .class_metrics import class_figures, confusion, moments, number_figures, spearman
@@ -46,7 +48,8 @@ def predict(
         model: a text classifier, with or without an adapter: from `loralib.load_classifier`, or transformers'
             AutoModelForSequenceClassification.
         tokenizer: the model's tokenizer.
-        texts: each a text, a pair of texts, or an `Example`; texts longer than the model's context are truncated.
+        texts: each a text, a pair of texts, or an `Example`; those longer than the model's context are truncated, and
+            a note says how many.
         batch_size: how many texts to compute at once.  They are grouped by length, so their order does not matter.
 
     Returns:
@@ -58,7 +61,11 @@ def predict(
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     labels = Labels(class_names(model))
-    rows = encode_classes([_example(text) for text in texts], tokenizer, _limit(model, tokenizer), Labels()).examples
+    limit = input_limit(model, tokenizer)
+    encoded = encode_classes([_example(text) for text in texts], tokenizer, limit, Labels())
+    for note in encoded.notes:
+        say(f"note: {note}", file=sys.stderr)
+    rows = encoded.examples
     step = ClassificationStep(model, labels)
     order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), number))
     results: list[Prediction] = [Prediction("")] * len(rows)
@@ -95,11 +102,6 @@ def _example(text: str | tuple[str, str] | Example) -> Example:
         return Example(text.segments, (), text.source, text_pair=text.text_pair)
     first, second = (text, None) if isinstance(text, str) else text
     return Example(((first, False),), (), repr(first[:40]), text_pair=second)
-
-
-def _limit(model: nn.Module, tokenizer: Any) -> int | None:
-    limits = [context_length(model), getattr(tokenizer, "model_max_length", None)]
-    return min((limit for limit in limits if limit is not None and limit < 1 << 30), default=None)
 
 
 def _prediction(logits: torch.Tensor, labels: Labels) -> Prediction:
