@@ -49,6 +49,7 @@ __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "compare_bas
 LABELS = "loralib.labels"  # metadata: a classifier's labels as a JSON list; an empty list: it predicts a number
 BASE = "loralib.base"  # metadata: fingerprint of the base model
 QUANTIZE = "loralib.quantize"  # metadata: how the base was quantised during training; absent if it was not
+MODEL_TYPE = "loralib.model_type"  # metadata: transformers' name for the kind of base model, such as "llama"
 BLOCKS = "loralib.enable_lora"  # metadata: which blocks of fused projections are adapted
 
 _COPIES = {*HUB_NAMES.items(), *((original, copy) for copy, original in HUB_NAMES.items())}
@@ -193,10 +194,17 @@ def _taken(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Adapter:
         tensors={name: dense(tensor.detach()).clone() for name, tensor in (tensors | in_full).items()},
         metadata={
             **({BASE: fingerprint(model, in_full.keys())} if known_base else {}),
+            **kind_of(model),
             **_held_in(model),
             **_labels_of(model, config),
         },
     )
+
+
+def kind_of(model: nn.Module) -> dict[str, str]:
+    """Returns the metadata that records the kind of a base model: nothing, if it is not a transformers model."""
+    found = getattr(getattr(model, "config", None), "model_type", None)
+    return {MODEL_TYPE: found} if isinstance(found, str) and found else {}
 
 
 def _held_in(model: nn.Module) -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .adapter import BASE, BLOCKS, Adapter, all_finite, expand_blocks
+from .adapter import BASE, BLOCKS, MODEL_TYPE, Adapter, all_finite, expand_blocks
 from .config import LoraConfig, with_ranks
 from .delta import balanced_factors, delta_weight, product_svd, scaling_of
 from .errors import AdapterError, BaseMismatchError, ConfigError, did_you_mean, list_faults
@@ -470,7 +470,7 @@ def _template(adapters: Sequence[Adapter]) -> Adapter:
         tensors |= {name: tensor for name, tensor in plain.tensors.items() if name not in tensors}
     if faults:
         raise AdapterError(list_faults("the adapters' modules have different sizes", faults))
-    base = {BASE: bases.pop()} if bases else {}
+    base = {key: own.metadata[key] for own in adapters for key in (BASE, MODEL_TYPE) if key in own.metadata}
     return Adapter(_template_config(adapters, tensors), tensors, base)
 
 

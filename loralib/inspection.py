@@ -30,6 +30,7 @@ from .errors import AdapterError, ConfigError, LoraError, MissingDependencyError
 from .files import write_whole
 from .formats import export, make_portable, merge_into, read_adapter, vllm
 from .formats.merged import logit_difference, prompt_logits
+from .formats.peft import load_faults
 from .formats.portable import TARGETS
 from .generation import generate
 from .injection import injection_of, merge, remove, unmerge
@@ -338,6 +339,8 @@ def _uses(adapter: Adapter) -> dict[str, str]:
     )
     special = "DoRA" if config.use_dora else str(config.init_lora_weights) if config.changes_base else ""
     uses = {"peft": "yes, as it is" if not config.enable_lora else "yes, once saved as a PEFT directory"}
+    if faults := load_faults(adapter.target_modules, adapter.metadata):
+        uses["peft"] = f"no: {faults[0]}, or merge the adapter (loralib merge)"
     for target in ("vllm", "llamacpp", "mlx"):
         convert = f"after loralib convert --target {target} --model MODEL"
         if full_training and not (target == "vllm" and head_loads):

@@ -20,7 +20,8 @@ from loralib.combine import combine, resize
 from loralib.data import TokenExample
 from loralib.engine.bank import Bank
 from loralib.errors import AdapterError, FormatError, TargetError
-from loralib.formats import export, make_portable, merge_into
+from loralib.formats import check_portable, export, make_portable, merge_into
+from loralib.formats.peft import _MIXTURES
 from loralib.inspection import inspect_adapter
 from loralib.training import run_directory
 from loralib.training.step import make_step
@@ -340,12 +341,27 @@ def test_factors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_what_peft_does_not_read_of_its_own_models(tmp_path: Path) -> None:
     """PEFT mistakes gate_proj of DeepSeek's dense layers and shared experts for that of older transformers' experts."""
-    lora.save_adapter(adapted("deepseek_v3"), tmp_path)
+    adapter = lora.save_adapter(adapted("deepseek_v3"), tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.PeftModel.from_pretrained(model_of("deepseek_v3"), tmp_path)
-    model = adapted("deepseek_v3", exclude_modules=r".*\.(mlp|shared_experts)\.(gate|up|down)_proj")
-    lora.save_adapter(model, tmp_path)
+    verdict = inspect_adapter(adapter).uses["peft"]
+    assert verdict.startswith("no: PEFT 0.21 takes these modules for experts in models of type deepseek_v3")
+    for model in (None, model_of("deepseek_v3")):
+        with pytest.raises(AdapterError, match="takes these modules for experts"):
+            make_portable(adapter, "peft", model)
+    with pytest.raises(AdapterError, match="takes these modules for experts"):
+        check_portable(lora.LoraConfig(target_modules="all-linear"), model_of("deepseek_v3"), "peft")
+    exclude = verdict.partition("exclude_modules ")[2].partition(", or")[0].split(",")
+    model = adapted("deepseek_v3", exclude_modules=exclude)
+    assert inspect_adapter(lora.save_adapter(model, tmp_path)).uses["peft"] == "yes, as it is"
     assert_close(logits(peft.PeftModel.from_pretrained(model_of("deepseek_v3"), tmp_path).eval()), logits(model))
+
+
+def test_the_models_of_which_peft_renames_modules() -> None:
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+    kinds = {kind for kind, pattern in _MODEL_TO_CONVERSION_PATTERN.items() if pattern == "qwen2_moe"}
+    assert {kind for kind in kinds if kind.islower()} == _MIXTURES
 
 
 # vLLM's layout: a module for each expert and projection, by the names in checkpoints.

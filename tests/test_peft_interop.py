@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import loralib as lora
 from loralib.errors import AdapterError
+from loralib.inspection import inspect_adapter
 
 IDS = torch.tensor([[5, 9, 3, 17, 8, 30], [1, 1, 2, 39, 0, 7]])
 TOLERANCE = 1e-5
@@ -252,6 +253,22 @@ def test_from_peft(name: str, tmp_path: Path) -> None:
     assert report.base == "unknown"
     assert str(report).startswith(f"{report.applied} of {report.applied} tensors applied")
     assert_close(logits(model, x), logits(theirs, x), base)
+
+
+def test_what_peft_refuses_in_mamba_is_said(tmp_path: Path) -> None:
+    config = hf.MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=1)
+    model = hf.MambaForCausalLM(config)
+    verdicts = {}
+    for exclude in (None, ["mixer.out_proj"]):
+        lora.inject(model, lora.LoraConfig(r=2, target_modules="all-linear", exclude_modules=exclude))
+        verdicts[bool(exclude)] = inspect_adapter(lora.save_adapter(model, tmp_path / str(bool(exclude)))).uses["peft"]
+        lora.remove(model)
+    assert verdicts[False].startswith("no: PEFT 0.21 refuses these modules in models of type mamba")
+    assert "exclude_modules mixer.out_proj" in verdicts[False]
+    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
+        load_in_peft(hf.MambaForCausalLM(config), tmp_path / "False")
+    assert verdicts[True] == "yes, as it is"
+    load_in_peft(hf.MambaForCausalLM(config), tmp_path / "True")
 
 
 @pytest.mark.parametrize("start", ["gaussian", False, "orthogonal"])

@@ -996,6 +996,12 @@ def test_paper_adamw_is_torch_s_where_they_agree() -> None:
     assert torch.allclose(ends[0], ends[1], rtol=1e-5)
 
 
+def test_modules_are_left_out_of_all_linear_by_name_or_expression(tmp_path: Path) -> None:
+    for exclude, names in {"first": ["unused", "head"], ".*(st|sed)": ["head"]}.items():
+        config = settings(tmp_path, target_modules="all-linear,head", exclude_modules=exclude)
+        assert list(lora.inject(Detached(), config.lora_config()).targets) == names
+
+
 def test_every_bad_setting_is_named_at_once() -> None:
     with pytest.raises(errors.ConfigError) as caught:
         lora.TrainConfig(lora_dim=0, lr=-1.0, schedule="square", num_epochs=0, batch_size=0)

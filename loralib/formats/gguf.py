@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapter import BASE, Adapter
+from ..adapter import BASE, Adapter, kind_of
 from ..combine import check_sound, factors, more_than_low_rank
 from ..config import LoraConfig, with_ranks
 from ..errors import AdapterError, FormatError, MissingDependencyError, list_faults
@@ -193,7 +193,7 @@ def read_gguf(path: str | os.PathLike[str], model: nn.Module) -> Adapter:
         raise FormatError(f"{path} contains empty tensors")
     config = with_ranks(LoraConfig(target_modules=list(ranks), task_type="CAUSAL_LM"), ranks, alphas)
     base = fields.get(BASE)
-    return Adapter(config, tensors, {BASE: base} if isinstance(base, str) else {})
+    return Adapter(config, tensors, kind_of(model) | ({BASE: base} if isinstance(base, str) else {}))
 
 
 def permuted_heads(model: nn.Module, name: str) -> int:

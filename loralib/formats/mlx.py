@@ -11,11 +11,10 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapter import BASE, Adapter
+from ..adapter import BASE, Adapter, kind_of
 from ..combine import check_sound, factors, more_than_low_rank
 from ..config import HUB_NAMES, LoraConfig, with_ranks
 from ..errors import AdapterError, FormatError, list_faults
@@ -138,7 +137,7 @@ def read_mlx(directory: str | os.PathLike[str], model: nn.Module) -> Adapter:
         target_modules=list(ranks), use_dora=dora, task_type="CAUSAL_LM", base_model_name_or_path=base_name
     )
     alphas = {module: scale * rank for module, rank in ranks.items()}
-    base: dict[str, Any] = {BASE: metadata[BASE]} if BASE in metadata else {}
+    base = kind_of(model) | ({BASE: metadata[BASE]} if BASE in metadata else {})
     adapter = Adapter(with_ranks(config, ranks, alphas), tensors, base)
     check_sound(adapter)
     return adapter

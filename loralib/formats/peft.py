@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter import BLOCKS, Adapter, adapter_of, expand_blocks, narrow_blocks, without_expressions
+from ..adapter import BLOCKS, MODEL_TYPE, Adapter, adapter_of, expand_blocks, narrow_blocks, without_expressions
 from ..config import HUB_NAMES, LoraConfig, matches
 from ..errors import AdapterError, FormatError, list_faults
 from ..hub import is_hub_id
@@ -34,7 +34,7 @@ from .tensors import (
     write_directory,
 )
 
-__all__ = ["read_peft", "save_adapter", "target_names", "task_type_of", "write_peft"]
+__all__ = ["load_faults", "read_peft", "save_adapter", "target_names", "task_type_of", "write_peft"]
 
 _PREFIX = "base_model.model."
 # Name components added by compilation or sharding when an adapter was saved; they are not modules of the base.
@@ -154,6 +154,38 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     if name in HUB_NAMES:
         settings["base_model_name_or_path"], metadata[_BASE_NAME] = HUB_NAMES[name], name
     write_directory(directory, PEFT_FILE, tensors, metadata, settings)
+
+
+# Kinds of models in which PEFT 0.21 takes dense layers for experts, because these had such names in older transformers
+# versions; and kinds in which it refuses modules of a mixer.
+_MIXTURES = frozenset(
+    """afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe
+    glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next qwen3_omni_moe
+    qwen3_omni_moe_text qwen3_omni_moe_thinker solar_open""".split()
+)
+_MAMBA = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
+
+
+def load_faults(modules: Iterable[str], metadata: Mapping[str, str]) -> list[str]:
+    """Returns why PEFT 0.21 does not load an adapter correctly, with a way out.
+
+    Args:
+        modules: the names of the adapted modules.
+        metadata: that of the adapter, which tells the kind of its base; if it does not, no fault is found.
+
+    >>> load_faults(["layers.0.mixer.out_proj", "layers.0.mixer.in_proj"], {"loralib.model_type": "mamba2"})
+    ['PEFT 0.21 refuses these modules in models of type mamba2; train without them: exclude_modules mixer.out_proj']
+    """
+    kind = metadata.get(MODEL_TYPE, "")
+    leaves, why = set[str](), ""
+    if kind in _MIXTURES:
+        leaves, why = {"gate_proj", "up_proj", "down_proj"}, "takes these modules for experts"
+    elif kind in _MAMBA:
+        leaves, why = {"conv1d", "out_proj"}, "refuses these modules"
+    parts = [name.split(".") for name in modules]
+    endings = dict.fromkeys(".".join(name[-2:]) for name in parts if name[-1] in leaves)
+    way = f"train without them: exclude_modules {','.join(endings)}"
+    return [f"PEFT 0.21 {why} in models of type {kind}; {way}"] if endings else []
 
 
 def target_names(adapter: Adapter, model: nn.Module | None) -> list[str] | str:

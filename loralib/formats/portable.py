@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapter import Adapter, expand_blocks
+from ..adapter import Adapter, expand_blocks, kind_of
 from ..combine import Update, check_sound, resize, update_of, updates_of, with_updates
 from ..config import LoraConfig
 from ..delta import balanced_factors, delta_weight, dense, dora_weight, olora_factors, pissa_factors
 from ..errors import AdapterError, ConfigError, did_you_mean, list_faults
 from ..layers import LoRAEmbedding, LoRALinear, LoRARouter, is_conv1d
-from ..targets import match_modules, tied_modules
+from ..targets import TargetModule, match_modules, tied_modules
 from ..wrapping import named_parameters
 from . import experts, vllm
 from .gguf import gguf_names, read_gguf, write_gguf
 from .mlx import mlx_names, read_mlx, write_mlx
-from .peft import read_peft, target_names, task_type_of, write_peft
+from .peft import load_faults, read_peft, target_names, task_type_of, write_peft
 
 __all__ = [
     "TARGETS",
@@ -82,7 +82,10 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
     faults = ["lora_bias: a portable adapter cannot have a bias of B"] if config.lora_bias else []
     if config.trainable_token_indices:
         faults.append("trainable_token_indices: a portable adapter cannot have trained rows of embeddings or heads")
-    if target != "peft":
+    if target == "peft":
+        if model is not None:
+            faults += load_faults([module.name for module in _adapted(config, model)], kind_of(model))
+    else:
         if target == "vllm":
             faults += vllm.head_faults(config, model)
         elif config.modules_to_save:
@@ -90,10 +93,7 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
         if config.bias != "none":
             faults.append(f"bias {config.bias!r}: trained biases are not loaded")
         if model is not None:
-            plain = config.replace(
-                use_dora=False, lora_bias=False, init_lora_weights=True, trainable_token_indices=None
-            )
-            faults += _module_faults(plain, model, target)
+            faults += _module_faults(config, model, target)
     if faults:
         title = TARGETS[target]
         raise AdapterError(list_faults(f"{title} would apply this adapter incorrectly", faults, _MERGE))
@@ -128,6 +128,8 @@ def make_portable(
     check_portable(adapter.config, model, target)
     if target == "vllm" and (faults := vllm.tensor_faults(adapter.tensors)):
         raise AdapterError(list_faults("vLLM would refuse this adapter", faults, _MERGE))
+    if target == "peft" and (faults := load_faults(adapter.target_modules, adapter.metadata)):
+        raise AdapterError(list_faults("PEFT would apply this adapter incorrectly", faults, _MERGE))
     notes = []
     source = expand_blocks(adapter)
     if adapter.config.enable_lora:
@@ -363,7 +365,7 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
     if target == "vllm" and not vllm.takes_adapters(model):
         return [f"vLLM accepts no adapters on {type(model).__name__}"]
     title = TARGETS[target]
-    modules = match_modules(model, config)
+    modules = _adapted(config, model)
     of_mixture = [module.name for module in modules if module.weights or module.mixin is LoRARouter]
     names: Mapping[str, str] | None = None
     if target != "vllm":
@@ -389,6 +391,12 @@ def _module_faults(config: LoraConfig, model: nn.Module, target: str) -> list[st
         elif names is not None and name not in names:
             faults.append(f"{name}: {title} does not apply adapters to this module")
     return faults
+
+
+def _adapted(config: LoraConfig, model: nn.Module) -> list[TargetModule]:
+    """Returns the modules of a model that a config adapts, each with plain LoRA."""
+    plain = config.replace(use_dora=False, lora_bias=False, init_lora_weights=True, trainable_token_indices=None)
+    return match_modules(model, plain, trained=True)
 
 
 # Helpers.
