@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ALL_LINEAR, HUB_NAMES, LoraConfig, as_pattern, is_plain_name, matches, matching_steps, with_ranks
-from .console import size
-from .delta import block_diagonal_B, dense, diagonal_blocks, scaling_of
+from .console import counted, size
+from .delta import all_finite, block_diagonal_B, dense, diagonal_blocks, scaling_of
 from .errors import AdapterError, BaseMismatchError, TargetError, list_faults
 from .injection import (
     WRAP_LATER,
@@ -571,6 +571,7 @@ def _check_tensors(
         tensors that differ, if that is allowed.
     """
     faults = [f"missing     {name} {shape}" for name, shape in expected.items() if name not in adapter.tensors]
+    bad = list[str]()  # tensors that fit, but hold unusable values
     record = injection_of(model)
     base = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
     base |= record.originals if record is not None else {}
@@ -586,9 +587,9 @@ def _check_tensors(
             if is_table and len(shape) == 2 and shape[1:] == wanted[1:]:
                 faults[-1] += f" (tokens were added: call model.resize_token_embeddings({shape[0]}) first)"
         elif not tensor.is_floating_point() and (name not in base or base[name].is_floating_point()):
-            faults.append(f"not a float {name} of {tensor.dtype}")
+            bad.append(f"not a float {name} of {tensor.dtype}")
         elif not all_finite(tensor):
-            faults.append(f"not finite  {name} holds NaN or infinite values")
+            bad.append(f"not finite  {name} holds NaN or infinite values")
         elif name not in expected and not _same_values(base[name], tensor):
             # Some files also hold base weights (PEFT saves embeddings, Microsoft whole models).
             if is_table:
@@ -597,15 +598,16 @@ def _check_tensors(
                 ignored.append(name)
             else:
                 faults.append(f"other base  {name} {shape} differs from the model's (trained in full?)")
-    if faults:
-        raise AdapterError(
-            list_faults(
-                f"the adapter does not fit {type(model).__name__}: {len(faults)} of {len(expected)} tensors are wrong",
-                faults,
+    if faults or bad:
+        advice = ["Copy the adapter again from its source, or train it again."] if bad else []
+        if faults:
+            advice.append(
                 "Load it into the base model it was trained on; check r and target_modules, and list the modules "
-                "trained in full in modules_to_save (for a directory, in adapter_config.json).",
+                "trained in full in modules_to_save (for a directory, in adapter_config.json)."
             )
-        )
+        title = f"the adapter does not fit {type(model).__name__}, which takes {counted(len(expected), 'tensor')}"
+        found = f"{title}: {counted(len(faults) + len(bad), 'fault')}"
+        raise AdapterError(list_faults(found, bad + faults, " ".join(advice)))
     return carried, tuple(ignored)
 
 
@@ -618,11 +620,6 @@ def _under_tied_names(model: nn.Module, carried: Mapping[str, Tensor], expected:
         twins = [twin for twin, parameter in parameters.items() if parameter is parameters.get(name)]
         followed |= {twin: tensor for twin in twins if twin not in expected}
     return {**followed, **carried}
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinite values; torch.isfinite does not support 8-bit floats."""
-    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
 
 
 def _same_values(ours: Tensor, theirs: Tensor) -> bool:

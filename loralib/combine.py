@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .adapter import BASE, BLOCKS, MODEL_TYPE, Adapter, all_finite, expand_blocks
+from .adapter import BASE, BLOCKS, MODEL_TYPE, Adapter, expand_blocks
 from .config import LoraConfig, with_ranks
-from .delta import balanced_factors, delta_weight, product_svd, scaling_of
+from .delta import all_finite, balanced_factors, delta_weight, product_svd, scaling_of
 from .errors import AdapterError, BaseMismatchError, ConfigError, did_you_mean, list_faults
 from .variants import ROWS
 

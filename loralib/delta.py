@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 __all__ = [
     "add_delta",
+    "all_finite",
     "balanced_factors",
     "block_diagonal_B",
     "delta_weight",
@@ -171,6 +172,11 @@ def add_delta(weight: Tensor, delta: Tensor) -> Tensor:
     """
     wide = torch.promote_types(weight.dtype, delta.dtype)
     return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinite values; torch.isfinite does not support 8-bit floats."""
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
 
 
 def block_diagonal_B(B: Tensor, blocks: Sequence[bool]) -> Tensor:

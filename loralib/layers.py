@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 
-from .delta import add_delta, block_diagonal_B, delta_weight, dense, low_rank, scale_outputs, scaling_of
+from .delta import (
+    add_delta,
+    all_finite,
+    block_diagonal_B,
+    delta_weight,
+    dense,
+    low_rank,
+    scale_outputs,
+    scaling_of,
+)
 from .errors import AdapterError, ConfigError, MergeError, UnsupportedModelError
 from .wrapping import is_sharded
 
@@ -227,7 +236,8 @@ class LoRALayer(nn.Module):
         The merged weight is a new Parameter: modules that share the base weight (a tied head) keep the base's values.
 
         Raises:
-            MergeError: the update holds NaN or infinite values or is disabled, or the weight is not a parameter.
+            MergeError: the update or the merged weight holds NaN or infinite values, the update is disabled, or the
+                weight is not a parameter.
         """
         if self.merged or self.r == 0:
             return
@@ -239,6 +249,11 @@ class LoRALayer(nn.Module):
             raise MergeError("its weight is spread over processes (FSDP, ZeRO)")
         with torch.no_grad():
             merged = self._merged_tensors()
+        if not all(map(all_finite, merged.values())):
+            raise MergeError(
+                f"base and update are too large for {next(iter(merged.values())).dtype}, or the base holds NaN or "
+                "infinite values; merge into a base in bf16 or fp32"
+            )
         self.__dict__["_unmerged"] = {name: self._parameters[name] for name in merged}
         for name, tensor in merged.items():
             base = self._parameters[name]

@@ -130,6 +130,15 @@ def test_all_faults_are_listed_and_nothing_changes() -> None:
         assert (injection_of(model) is not None) == holds
 
 
+def test_unusable_values_are_not_blamed_on_the_base() -> None:
+    adapter = lora.adapter_of(trained())
+    tensors = {**adapter.tensors, "0.lora_A": torch.full_like(adapter.tensors["0.lora_A"], float("nan"))}
+    with pytest.raises(AdapterError, match="1 fault") as refused:
+        lora.apply_adapter(net(), Adapter(adapter.config, tensors))
+    assert "Copy the adapter again" in str(refused.value)
+    assert "Load it into the base" not in str(refused.value)
+
+
 def test_an_adapter_of_another_rank_or_target_is_refused() -> None:
     adapter = lora.adapter_of(trained())
     with pytest.raises(AdapterError, match="misshapen"):

@@ -336,6 +336,9 @@ def test_combine(adapter: str, adapted: Any, base: Path, tmp_path: Path, capsys:
     assert "of the squared norm kept" in capsys.readouterr().out
     assert run("combine", adapter, adapter, "-o", tmp_path / "t", "--method", "ties", "--density", 0.5) == 0
     assert run("combine", adapter, tmp_path / "half", "-o", tmp_path / "i", "--interpolate", 0.5) == 0
+    assert "changes nothing" not in capsys.readouterr().out
+    assert run("combine", adapter, adapter, "-o", tmp_path / "zero", "--weights", "1,-1") == 0
+    assert "note: the result changes nothing" in capsys.readouterr().out
 
 
 MISTAKES: list[tuple[tuple[str, ...], str]] = [

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -451,6 +452,15 @@ def test_what_is_no_model_is_told(tmp_path: Path) -> None:
     assert "there is no local directory" in refused(tmp_path / "nowhere")
     assert "there is no local directory" in refused("../nowhere")
     assert "there is no local directory" in refused("")
+    for file in ("no.gguf", "models/no.gguf", "./no.gguf"):
+        assert f"there is no file {file}" in refused(file)
+
+
+def test_weights_that_git_lfs_did_not_download_are_told(tiny: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123456789abcdef\nsize 4096\n"
+    (copy / "model.safetensors").write_text(pointer, encoding="utf-8")
+    assert "Git LFS pointers in place of model.safetensors: run `git lfs pull`" in refused(copy)
 
 
 # The hub.  The tests' own process is told to stay offline; a child talks to a hub on this machine.

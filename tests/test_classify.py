@@ -514,6 +514,16 @@ def test_two_texts_are_put_together_as_the_tokenizer_does_it(words: Any) -> None
     assert list(row.kinds) == made["token_type_ids"]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("names", [("sentence1", "sentence2"), ("premise", "hypothesis"), ("sentence",)])
+def test_the_names_of_glue_and_snli_are_known(names: tuple[str, ...]) -> None:
+    row = {**dict(zip(names, ("It rains.", "It is wet."), strict=False)), "label": 1, "idx": 7}
+    (source,) = read_sources([row], objective="classify")
+    example = source.examples[0]
+    assert (example.segments[0][0], example.text_pair) == ("It rains.", "It is wet." if len(names) == 2 else None)
+    assert f"{', '.join(names)} and label" in source.notes[0]
+    assert not any(name in note for name in names for note in source.notes[1:])
+
+
 def test_a_decoder_gets_two_texts_with_a_line_break_between() -> None:
     tokenizer = load_tokenizer("smollm2-135m")
     (source,) = read_sources([{"text": "It rains.", "text_pair": "It is wet.", "label": 1}], objective="classify")
@@ -579,6 +589,11 @@ def write(path: Path, table: Sequence[dict[str, Any]]) -> Path:
     [
         ([{"text": "a", "stars": 1}], None, ["'stars'", "--columns label=FIELD"]),
         ([{"text": " ", "label": 1}, {"text": "a", "label": [1]}], None, ["text is empty", "only one label"]),
+        (
+            [{"premise": "a", "hypothesis": "b", "label": label} for label in (0, 1, 2, -1)],
+            None,
+            ["1 of 4 training examples have the label -1", "t.jsonl:4", "'no label'"],
+        ),
         ([{"text": "a", "label": 1}] * 2, None, ["all 2 training examples have the label '1'"]),
         ([{"text": "a", "label": 0.5}, {"text": "b", "label": "good"}], None, ["different kinds", "0.5", "'good'"]),
         (
@@ -610,6 +625,15 @@ def test_more_labels_than_the_checkpoints_head_has_are_refused(
     text = told([*argv, "--train_data", str(write(tmp_path / "t.jsonl", table))], capsys)
     assert "has 2 labels" in text
     assert "without a head" in text
+
+
+def test_an_adapter_with_other_labels_leads_to_a_new_head(
+    run: Path, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = [{"text": "a", "label": label} for label in ("x", "y")]
+    argv = ["train", "--task", "classify", "--from_adapter", str(run), "--output_dir", str(tmp_path / "out")]
+    text = told([*argv, "--train_data", str(write(tmp_path / "t.jsonl", table))], capsys)
+    assert "Leave out --from_adapter to make a new head" in text
 
 
 def test_predict_refuses_what_is_no_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -421,6 +421,12 @@ def test_other_tools_files_are_called_by_their_names(kind: str, form: str, tmp_p
         assert "Microsoft" not in str(caught.value)
 
 
+def test_a_pointer_of_git_lfs_is_called_by_its_name(saved: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123456789abcdef\nsize 4096\n"
+    (saved / "adapter_model.safetensors").write_text(pointer, encoding="utf-8")
+    assert "git lfs pull" in refused(saved, FormatError)
+
+
 def test_names_from_compiled_and_sharded_models_are_read(saved: Path) -> None:
     X = torch.ones(1, 6)
     model = net()
@@ -428,6 +434,7 @@ def test_names_from_compiled_and_sharded_models_are_read(saved: Path) -> None:
     tensors = load_file(saved / "adapter_model.safetensors")
     for prefix in (
         "_orig_mod.base_model.model.",
+        "module.base_model.model.",
         "base_model.model._orig_mod.",
         "base_model.model._fsdp_wrapped_module.",
     ):

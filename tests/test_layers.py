@@ -337,6 +337,16 @@ def test_an_adapter_with_nan_is_not_merged() -> None:
     assert torch.equal(layer.weight, before)
 
 
+def test_a_sum_too_large_for_the_weights_dtype_is_not_merged() -> None:
+    layer = fill(lora.Linear(4, 4, r=2)).half()
+    with torch.no_grad():
+        layer.lora_A.fill_(300)
+        layer.lora_B.fill_(300)
+    with pytest.raises(MergeError, match=r"too large for torch\.float16"):
+        layer.merge()
+    assert not layer.merged
+
+
 def test_merging_gives_a_tied_layer_a_weight_of_its_own() -> None:
     table = fill(lora.Embedding(7, 4, r=2))
     head = nn.Linear(4, 7, bias=False)

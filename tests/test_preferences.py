@@ -296,6 +296,14 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "texts that begin alike": ({"chosen": "Question?\n\nA: Yes.", "rejected": "Question?\n\nA: No."}, {}),
     "OpenAI's": (OPENAI, {}),
+    "ShareGPT's": (
+        {
+            "conversations": [{"from": "human", "value": "Question?"}],
+            "chosen": {"from": "gpt", "value": "Yes."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+        {},
+    ),
     "other columns": (
         {"q": "Question?", "good": "Yes.", "bad": "No."},
         {"columns": "prompt=q,chosen=good,rejected=bad"},
@@ -347,6 +355,8 @@ def test_rows_that_cannot_be_learned_from_are_all_named(tmp_path: Path) -> None:
         {**CHAT, "rejected": CHAT["chosen"]},
         {**TEXT, "chosen": 5, "rejected": 6},
         {**FORMS["and what was asked"][0], "prompt": "Something else?"},
+        {**TEXT, "rejected": None},
+        {**CHAT, "chosen": [{**CHAT["chosen"][0], "weight": 0}]},
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -356,12 +366,20 @@ def test_rows_that_cannot_be_learned_from_are_all_named(tmp_path: Path) -> None:
         "identical, so there is nothing to prefer", "chosen has no answer", "found 'prompt', 'chosen', expected",
         "chosen is text, and rejected is a list", "do not have the same beginning",
         "rejected: 'messages' has no turn with role", "identical, so", "chosen is a number",
-        "the prompt does not occur in it: 'Something else?'",
+        "the prompt does not occur in it: 'Something else?'", "rejected is null, expected text",
+        "chosen: the answer has no turn with role 'assistant' to train on: all have weight 0",
     ]  # fmt: skip
     lines = str(caught.value).splitlines()
     for number, word in enumerate(words, 2):
         (line,) = [line for line in lines if f"rows.jsonl:{number}:" in line]
         assert word in line, line
+
+
+def test_a_fault_of_both_answers_is_told_once(tokenizer: Any) -> None:
+    (source,) = read_sources([{**CHAT, "tools": [{"name": "add"}]}], objective="dpo")
+    with pytest.raises(errors.DataError) as caught:
+        encode(source.examples, tokenizer, None, "dpo")
+    assert str(caught.value).count("tools") == 1
 
 
 def test_data_for_another_objective_are_refused_with_the_fix(tokenizer: Any) -> None:

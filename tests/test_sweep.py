@@ -342,6 +342,11 @@ def test_runs_that_make_no_sweep_are_refused(tmp_path: Path, changes: Any, messa
         sweep(tmp_path / "sweep", [RUNS[0].replace(**each) for each in changes])
 
 
+def test_a_value_that_is_listed_twice_is_named() -> None:
+    with pytest.raises(errors.ConfigError, match=r"lr lists 0\.001 more than once"):
+        configs_of({"lr": [1e-3, 1e-4, 0.001]})
+
+
 def test_more_runs_than_memory_are_refused_with_the_number_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -29,6 +30,7 @@ from .loading import (
     load_tokenizer,
     model_directory,
     quiet_reading,
+    refuse_pointers,
     refuse_sizes,
     tokenizer_in,
 )
@@ -254,6 +256,7 @@ def _read(
                 **fewer_bits,
             )
     except Exception as error:
+        refuse_pointers(Path(path), name)
         raise BaseModelError(
             f"{name!r} cannot be loaded as a text classifier: {first_line(error)}. Choose a model that transformers "
             "supports as one (AutoModelForSequenceClassification): BERT, RoBERTa, DeBERTa, ModernBERT, GPT-2, Llama, "

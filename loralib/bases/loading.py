@@ -36,7 +36,7 @@ from ..errors import BaseModelError, ConfigError, MissingDependencyError, did_yo
 from ..files import cache_directory
 from ..formats import locate_adapter
 from ..formats.gguf import is_gguf
-from ..formats.tensors import CONFIG_FILE
+from ..formats.tensors import CONFIG_FILE, is_lfs_pointer
 from ..hub import fetch, is_hub_id
 from ..injection import table_rows, token_tables
 from .device import pick_device, pick_dtype
@@ -266,13 +266,21 @@ def model_directory(name: str) -> tuple[Path, str]:
             "the directory that contains config.json, a tokenizer and *.safetensors."
         )
     if path.is_file():
+        if is_lfs_pointer(path):
+            raise BaseModelError(
+                f"{name} is a Git LFS pointer, not the file itself: run `git lfs pull` in its directory"
+            )
         if path.suffix == ".gguf" or is_gguf(path):
             check_file(path)
             return path, name
         raise BaseModelError(
             f"{name} is a file, expected a GGUF file, or a directory with config.json, a tokenizer and *.safetensors."
         )
-    if name.partition("@")[0].endswith(".gguf") and is_hub_id(name):
+    if (file := name.partition("@")[0]).endswith(".gguf"):
+        if file.count("/") < 2 or not is_hub_id(name):
+            raise BaseModelError(
+                f"there is no file {name}. Check the path; a file on the hub is given as owner/name/{Path(file).name}"
+            )
         return _download_gguf(name), name
     if not is_hub_id(name):
         raise BaseModelError(
@@ -452,9 +460,23 @@ def _read_spread(path: Path, name: str, dtype: torch.dtype, device: torch.device
 
 def _unreadable(path: Path, name: str, error: Exception) -> BaseModelError:
     """Returns the error for a directory that is damaged or of another kind."""
+    refuse_pointers(path, name)
     return BaseModelError(
         f"{name!r} cannot be loaded as a causal language model: {first_line(error)}.{_note_on_config(path)}"
     )
+
+
+def refuse_pointers(path: Path, name: str) -> None:
+    """Refuses a directory that cannot be read because its files were not downloaded by Git LFS.
+
+    Raises:
+        BaseModelError: it holds pointers in place of files; lists them.
+    """
+    if pointers := sorted(each.name for each in path.glob("*") if is_lfs_pointer(each)):
+        raise BaseModelError(
+            f"{name!r} has Git LFS pointers in place of {', '.join(pointers)}: run `git lfs pull` in {path}, or "
+            "download these files"
+        )
 
 
 def _note_on_config(path: Path) -> str:

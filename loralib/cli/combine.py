@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..combine import METHODS, combine, resize
+from ..adapter import Adapter
+from ..combine import METHODS, combine, resize, updates_of
 from ..console import counted, say
 from ..errors import ConfigError
 from ..formats import write_peft
@@ -58,6 +59,11 @@ def _numbers(word: str) -> list[float]:
     return [float(part) for part in word.split(",")]
 
 
+def _largest(adapter: Adapter) -> float:
+    """Returns the largest norm of an update."""
+    return max((update.norm() for update in updates_of(adapter).values()), default=0.0)
+
+
 def run(args: argparse.Namespace) -> None:
     """Combines the adapters and writes the result."""
     check_checkpoint_flags(args, *args.adapters)
@@ -92,6 +98,8 @@ def _combine(args: argparse.Namespace) -> None:
             seed=args.seed,
         )
     write_peft(result.adapter, args.output)
+    if _largest(result.adapter) <= 1e-6 * max(map(_largest, adapters)):  # what rounding leaves of a sum of zero
+        say("note: the result changes nothing: with these weights, the updates cancel out")
     config = result.adapter.config
     ranks = {config.rank_of(name) for name in result.adapter.modules}
     said = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"

@@ -19,6 +19,14 @@ from .fields import kind_of, text_of
 __all__ = ["CLASSES", "Labels", "class_example"]
 
 CLASSES: Final = "text and label (and text_pair, where two texts are compared)"
+# The names of a text, or of two, in GLUE, SNLI and similar data.
+_TEXTS: Final = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("sentence",),
+)
 _NUMBER: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _FIX: Final = "Correct these labels, or remove these rows."
 
@@ -37,10 +45,17 @@ def class_example(
     Raises:
         DataError: it has no text or no label, or one of them is unusable.
     """
-    wanted = ("text", "label") if needs_label else ("text",)
+    wanted, given = ("text", "label") if needs_label else ("text",), record
+    names: tuple[str, ...] = ()
+    if not {"text", "text_pair"} & record.keys():
+        names = next((pair for pair in _TEXTS if record.keys() >= set(pair)), ())
+        record = {
+            **record,
+            **{meaning: record[name] for meaning, name in zip(("text", "text_pair"), names, strict=False)},
+        }
     if missing := [name for name in wanted if name not in record]:
-        there = ", ".join(map(repr, record)) or "nothing"
-        near = "".join(did_you_mean(name, list(record)) for name in missing)
+        there = ", ".join(map(repr, given)) or "nothing"
+        near = "".join(did_you_mean(name, list(given)) for name in missing)
         flag = ",".join([*(f"{name}={field}" for name, field in columns.items()), *(f"{n}=FIELD" for n in missing)])
         raise DataError(f"found {there}, expected {' and '.join(wanted)}.{near} To use other fields: --columns {flag}")
     text, pair = text_of(record, "text"), None
@@ -51,8 +66,9 @@ def class_example(
             raise DataError(f"{name} is empty, so there is nothing to classify")
     label = _label(record["label"]) if "label" in record and (needs_label or record["label"] is not None) else None
     segments = ((text, False),) if pair is None else ((text, False), ("\n", False), (pair, False))
-    shape = f"text{', text_pair' if pair is not None else ''}{' and label' if label is not None else ''}"
-    return Example(segments, (), where, label=label, text_pair=pair), shape, {"text", "text_pair", "label"}
+    texts = names or (("text",) if pair is None else ("text", "text_pair"))
+    shape = f"{', '.join(texts)}{' and label' if label is not None else ''}"
+    return Example(segments, (), where, label=label, text_pair=pair), shape, {"text", "text_pair", "label", *names}
 
 
 def _label(value: Any) -> str | float:
@@ -140,6 +156,15 @@ class Labels:
         else:
             names = {_name(label) for label in labels}
             whole = all(number is not None for number in numbers)
+            if {"-1", "0", "2"} <= names:
+                unlabelled = [
+                    example for example in train if example.label is not None and _name(example.label) == "-1"
+                ]
+                raise DataError(
+                    f"{len(unlabelled):,} of {len(labels):,} training examples have the label -1 beside labels from 0 "
+                    f"on, which means 'no label' in SNLI and GLUE (the first: {unlabelled[0].source}). Remove these "
+                    "rows; if -1 is a class, give the labels as names."
+                )
             found = cls(tuple(sorted(names, key=lambda name: (float(name) if whole else 0.0, name))))
             if len(names) == 1:
                 raise DataError(
@@ -164,8 +189,13 @@ class Labels:
             known = "Numbers are predicted." if self.are_numbers else f"The labels are {', '.join(self.names[:20])}."
             raise DataError(list_faults(f"the {kind} data has labels{why}", faults, f"{known} {_FIX}"))
 
-    def fit_into(self, head: Labels, checkpoint: str) -> Labels:
+    def fit_into(self, head: Labels, checkpoint: str, way: str) -> Labels:
         """Returns the labels of a checkpoint's existing head, which must include these.
+
+        Args:
+            head: its labels.
+            checkpoint: its name, for messages.
+            way: how to get a new head for these labels, for messages.
 
         Raises:
             ConfigError: it does not; lists all that are missing.
@@ -188,8 +218,7 @@ class Labels:
                 f"the head of {checkpoint} has {has}, but the data has {len(self.names) or 'no'} classes; the head "
                 "lacks",
                 wants,
-                "Give the model as it was before it became a classifier (without a head; one is then made for these "
-                "labels), or data with the head's labels.",
+                f"{way}, or give data with the head's labels.",
             )
         )
 

@@ -14,10 +14,11 @@ from .examples import Example, Turn
 from .fields import ANSWERS, CHATS, QUESTIONS, json_of, kind_of
 from .lines import shown
 
-__all__ = ["PREFERENCE_FORMS", "TwoRecords", "one_example", "two_records"]
+__all__ = ["PREFERENCE_FIELDS", "PREFERENCE_FORMS", "TwoRecords", "one_example", "two_records"]
 
 PREFERENCE_FORMS: Final = "prompt, chosen and rejected (or input, preferred_output and non_preferred_output)"
 _OPENAI: Final = ("input", "preferred_output", "non_preferred_output")
+PREFERENCE_FIELDS: Final = ("chosen", "rejected", *_OPENAI)
 
 
 class TwoRecords(NamedTuple):
@@ -55,6 +56,12 @@ def two_records(record: Mapping[str, Any], names: set[str]) -> TwoRecords | None
     if not names.issuperset(("chosen", "rejected")):
         return None
     answers = [_value(record, name) for name in ("chosen", "rejected")]
+    chat = next((name for name in CHATS if name in names), None)
+    if chat is not None and all(isinstance(answer, Mapping) for answer in answers):  # LLaMA-Factory's form
+        fields = {"chosen", "rejected", chat}
+        base = {name: value for name, value in record.items() if name not in fields}
+        first, second = ({**base, "prompt": json_of(record[chat], chat), "completion": [turn]} for turn in answers)
+        return TwoRecords(first, second, f"preferences ({chat}, and chosen and rejected as turns)", fields, {"prompt"})
     kinds = [kind_of(answer) for answer in answers]
     if kinds[0] != kinds[1] or not isinstance(answers[0], (str, list)):
         raise DataError(

@@ -31,7 +31,7 @@ from .fields import (
     text_of,
 )
 from .lines import do_not_match
-from .preferences import PREFERENCE_FORMS, one_example, two_records
+from .preferences import PREFERENCE_FIELDS, PREFERENCE_FORMS, one_example, two_records
 from .turns import turns_of
 
 __all__ = ["RECORDS", "UnreadableRecord", "read_rows"]
@@ -233,6 +233,8 @@ def _preference(record: dict[str, Any], where: str, options: RecordOptions) -> t
     two = two_records(record, present)
     if two is None and options.preferences is None:
         return None
+    if two is None and (empty := [name for name in PREFERENCE_FIELDS if name in record and record[name] is None]):
+        raise DataError(f"{' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} null, expected text or turns")
     if two is None:
         keys = ", ".join(map(repr, record)) or "nothing"
         near = "".join(did_you_mean(key, ("chosen", "rejected")) for key in record)
@@ -264,15 +266,16 @@ def _chat(
     if key is not None:
         turns = turns_of(record[key], key)
         shape = f"chat ({key})" if key == "messages" else f"ShareGPT chat ({key})"
-        used = {key}
+        used, answered = {key}, turns
     elif isinstance(record.get("prompt"), list) and ({"completion", "response"} & names or options.prompts):
         answer = next((name for name in ANSWERS if name in names), None)
         given = [turn._replace(trained=False) for turn in turns_of(record["prompt"], "prompt")]
-        turns, shape, used = given, "chat (prompt and completion as turns)", {"prompt"}
+        shape, used, answered = "chat (prompt and completion as turns)", {"prompt"}, list[Turn]()
         if answer is not None:
             used.add(answer)
             is_list = isinstance(record[answer], list)
-            turns += turns_of(record[answer], answer) if is_list else [Turn("assistant", text_of(record, answer))]
+            answered = turns_of(record[answer], answer) if is_list else [Turn("assistant", text_of(record, answer))]
+        turns = given + answered
     else:
         return None
     system = next((name for name in SYSTEM if name in names), None)
@@ -285,7 +288,9 @@ def _chat(
     if options.prompts and turns[-1].role != "assistant":  # the answer to be generated follows the last turn
         turns = [turn._replace(trained=False) for turn in turns]
     if not options.prompts and not any(turn.role == "assistant" and turn.trained for turn in turns):
-        raise DataError(f"{key or 'completion'!r} has no turn with role 'assistant' to train on")
+        flagged = any(turn.role == "assistant" for turn in answered)
+        why = ": all have weight 0 (or another flag that leaves them out)" if flagged else ""
+        raise DataError(f"{repr(key) if key else 'the answer'} has no turn with role 'assistant' to train on{why}")
     return Example((), (), where, tuple(turns), _passed(record, used)), shape, used
 
 

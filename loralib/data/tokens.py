@@ -498,18 +498,18 @@ def _all_rows(examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[Se
         DataError: the model's template cannot render some chats; all are listed.
     """
     template = ChatTemplate(tokenizer)
-    rows, faults = [], []
+    rows, faults = [], dict[str, None]()  # both answers of a preference may have the same fault
     for example in examples:
         try:
             rows.append(_rows(example, template))
         except DataError as error:
-            faults.append(str(error))
+            faults[str(error)] = None
             if not template.is_there:  # no other chat can be rendered either
                 break
     if len(faults) > 1:
-        raise DataError(list_faults(f"{len(faults)} chats cannot be trained on", faults))
+        raise DataError(list_faults(f"{len(faults)} chats cannot be trained on", list(faults)))
     if faults:
-        raise DataError(faults[0])
+        raise DataError(next(iter(faults)))
     return rows
 
 

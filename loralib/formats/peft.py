@@ -37,8 +37,10 @@ from .tensors import (
 __all__ = ["load_faults", "read_peft", "save_adapter", "target_names", "task_type_of", "write_peft"]
 
 _PREFIX = "base_model.model."
-# Name components added by compilation or sharding when an adapter was saved; they are not modules of the base.
-_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Name components added by compilation, sharding or DDP when an adapter was saved; they are not modules of the base.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.(?=base_model\.)"
+)
 # The base's tensors that are replaced by modules_to_save.
 _REPLACED = re.compile(r"\.original_module\.")
 _ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.default(?=\.|$)")

@@ -29,6 +29,7 @@ __all__ = [
     "PEFT_FILE",
     "PEFT_PICKLE",
     "check_names",
+    "is_lfs_pointer",
     "parse_json",
     "parse_pickle",
     "parse_safetensors",
@@ -122,6 +123,18 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
     return entries, len(start)
 
 
+def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is what Git LFS puts in place of a large file until it is downloaded."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:  # a directory, or unreadable
+        return False
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 def check_names(names: Iterable[str]) -> None:
     """Refuses names that must not be printed: very long ones, and those with control characters.
 
@@ -191,6 +204,10 @@ def read_bytes(
         size = path.stat().st_size
         if size > (max_size := _MAX_FILE if max_size is None else max_size):
             raise FormatError(f"{path} has {size:,} bytes, expected at most {max_size:,}")
+        if is_lfs_pointer(path):
+            raise FormatError(
+                f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its directory, or download it"
+            )
         if check_start is not None:
             with path.open("rb") as file:
                 parsed(file.read(8 + _MAX_HEADER), lambda start: check_start(start, size), path)

@@ -100,7 +100,12 @@ def _fitted(
     if own is None:
         labels = Labels.of(examples, apart)
     else:
-        labels = Labels.of(examples).fit_into(Labels(tuple(own)), name)
+        way = (
+            "Give the model as it was before it became a classifier (without a head; one is then made for these labels)"
+            if config.from_adapter is None
+            else "Leave out --from_adapter to make a new head for these labels"
+        )
+        labels = Labels.of(examples).fit_into(Labels(tuple(own)), name, way)
         labels.check(apart, "validation", " that the model does not have")
     _require_metric(config, labels)
     return labels

@@ -58,6 +58,8 @@ def _alternatives(name: str, value: Any) -> list[Any]:
         return [value]  # in TOML, a flat list of names is a single choice of modules; flags yield a tuple of choices
     if not value:
         raise ConfigError(f"{name} is an empty list, expected at least one value")
+    if twice := [repr(each) for number, each in enumerate(value) if each in value[:number]]:
+        raise ConfigError(f"{name} lists {', '.join(twice)} more than once; list each value only once")
     return list(value)
 
 
