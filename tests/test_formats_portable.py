@@ -132,7 +132,7 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
         {"target_modules": None, "target_parameters": ["experts.down_proj"]},
         "mlp.experts: adapters of experts and routers cannot be written for llama.cpp.*loralib merge",
     ),
-    ("peft", llama, {"lora_bias": True}, "lora_bias"),
+    ("mlx", llama, {"lora_bias": True}, "lora_bias"),
 ]
 
 
@@ -140,6 +140,11 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
 def test_refused_before_training_with_the_reason(target: str, base: Any, config: dict[str, Any], expected: str) -> None:
     with pytest.raises(AdapterError, match=f"(?s){expected}"):
         check_portable(LoraConfig(**{"target_modules": ["q_proj"], **config}), base(), target)
+
+
+@pytest.mark.parametrize("config", [{"lora_bias": True}, {"trainable_token_indices": [3]}])
+def test_peft_reads_what_it_has_itself(config: dict[str, Any]) -> None:
+    check_portable(LoraConfig(target_modules=["q_proj"], **config), llama(), "peft")
 
 
 def test_all_reasons_are_told_at_once() -> None:

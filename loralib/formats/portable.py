@@ -79,13 +79,10 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
     """
     if target not in TARGETS:
         raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
-    faults = ["lora_bias: a portable adapter cannot have a bias of B"] if config.lora_bias else []
-    if config.trainable_token_indices:
-        faults.append("trainable_token_indices: a portable adapter cannot have trained rows of embeddings or heads")
-    if target == "peft":
-        if model is not None:
-            faults += load_faults([module.name for module in _adapted(config, model)], kind_of(model))
+    if target == "peft":  # which reads a bias of B and rows of tables too
+        faults = [] if model is None else load_faults([m.name for m in _adapted(config, model)], kind_of(model))
     else:
+        faults = _not_plain(config)
         if target == "vllm":
             faults += vllm.head_faults(config, model)
         elif config.modules_to_save:
@@ -97,6 +94,14 @@ def check_portable(config: LoraConfig, model: nn.Module | None, target: str) -> 
     if faults:
         title = TARGETS[target]
         raise AdapterError(list_faults(f"{title} would apply this adapter incorrectly", faults, _MERGE))
+
+
+def _not_plain(config: LoraConfig) -> list[str]:
+    """Returns the settings whose tensors are no factors of linear layers, and thus cannot be in portable form."""
+    faults = ["lora_bias: a portable adapter cannot have a bias of B"] if config.lora_bias else []
+    if config.trainable_token_indices:
+        faults.append("trainable_token_indices: a portable adapter cannot have trained rows of embeddings or heads")
+    return faults
 
 
 def make_portable(
@@ -126,6 +131,8 @@ def make_portable(
     """
     check_sound(adapter)
     check_portable(adapter.config, model, target)
+    if faults := _not_plain(adapter.config):
+        raise AdapterError(list_faults("PEFT reads this adapter as it is, but not in portable form", faults, _MERGE))
     if target == "vllm" and (faults := vllm.tensor_faults(adapter.tensors)):
         raise AdapterError(list_faults("vLLM would refuse this adapter", faults, _MERGE))
     if target == "peft" and (faults := load_faults(adapter.target_modules, adapter.metadata)):
