@@ -10,6 +10,7 @@ searches for long, with requests that are new in each run.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from schemathesis.engine import events, from_schema  # noqa: E402
 from serving import FakeProcess, Running, tiny_adapter, tiny_base, upload  # noqa: E402
 
 from loralib.serve import supervisor  # noqa: E402
+from loralib.serve.errors import RequestError  # noqa: E402
 from loralib.serve.settings import ServeConfig  # noqa: E402
 
 EXAMPLES = int(os.environ.get("LORALIB_SCHEMA_EXAMPLES", "0"))
@@ -97,7 +99,8 @@ class Existing:
         jobs = self._jobs.list()
         for job in jobs[20:]:
             if job.status in ("validating_files", "queued", "running", "paused"):
-                self._jobs.cancel(job.id)
+                with contextlib.suppress(RequestError):  # it ended meanwhile
+                    self._jobs.cancel(job.id)
         return jobs[0].id if jobs else self._jobs.create(self._file()).id
 
 

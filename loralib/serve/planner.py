@@ -146,7 +146,7 @@ def _check(settings: Mapping[str, Any]) -> None:
     """Raises a RequestError with all faults of settings that a client has given."""
     try:
         json.dumps(settings, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except (ValueError, TypeError) as error:  # lone surrogates, which are allowed in JSON but not in a file
+    except (ValueError, TypeError) as error:  # such as NaN, which Python reads but JSON does not have
         raise RequestError(f"the job has settings that cannot be written: {error}", param="loralib") from error
     own = {name: value for name, value in settings.items() if name in NOT_SETTABLE}
     faults = [_NOT_SERVED.get(name, f"{name} is set by the server") for name in own]
