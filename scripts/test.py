@@ -1,6 +1,6 @@
 """Runs all checks and tests on a fresh machine with one command: python scripts/test.py.
 
-Makes .venv if needed, then runs pytest in three processes (some tests only wait), and beside it ruff, mypy and mkdocs
+Makes .venv if needed, then runs pytest in two processes (a third gains nothing), and beside it ruff, mypy and mkdocs
 (the site), even if one of them fails.  Further arguments go to pytest (-n 0 stays in one process):
 python scripts/test.py tests/test_base.py -k hub
 """
@@ -40,7 +40,7 @@ def main():
         ["mypy"],
         ["mkdocs", "build", "--strict", "--quiet"],
     )
-    tests = ["pytest", "-n", "3", "--dist", "worksteal"] + for_pytest  # noqa: RUF005
+    tests = ["pytest", "-n", "2", "--dist", "worksteal"] + for_pytest  # noqa: RUF005
     with ThreadPoolExecutor(1) as aside:  # tests leave a core idle while they begin
         results = [aside.submit(run_aside, ["-m"] + check) for check in checks]  # noqa: RUF005
         tested = run(["-m"] + tests)  # noqa: RUF005

@@ -288,7 +288,7 @@ def test_all_checks_run_and_any_failure_counts(
     assert script("test", run)() == expected
     assert [command[0] for command in done if command[0] != "pytest"] == ["ruff", "ruff", "mypy", "mkdocs"]
     tests = [command for command in done if command[0] == "pytest"]
-    assert tests == [["pytest", "-n", "3", "--dist", "worksteal", "-k", "hub", "--tb=short"]]
+    assert tests == [["pytest", "-n", "2", "--dist", "worksteal", "-k", "hub", "--tb=short"]]
 
 
 @pytest.mark.parametrize("failing", [None, "run_training.py", "run_inference.py"])
