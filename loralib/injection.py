@@ -207,18 +207,17 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[TargetModule]:
     targets = match_modules(model, with_head(model, config))
     if faults := mixed_blocks(model, targets):
         raise TargetError(list_faults("these projections are not fused from equal blocks", faults))
-    linears = _linears(targets)
-    others = [target for target in targets if target not in linears and not target.token_indices]
-    if config.init_lora_weights == "eva" and others:
-        faults = [f"{target.name} is of class {type(target.module).__name__}" for target in others]
-        fix = "Leave them out of target_modules, or leave out init_lora_weights."
-        raise TargetError(list_faults("init_lora_weights 'eva' is for linear layers alone", faults, fix))
+    if config.init_lora_weights == "eva":
+        others = [target for target in targets if not (issubclass(target.mixin, LoRALinear) or target.token_indices)]
+        if faults := [f"{target.name} is of class {type(target.module).__name__}" for target in others]:
+            fix = "Leave them out of target_modules, or leave out init_lora_weights."
+            raise TargetError(list_faults("init_lora_weights 'eva' is for linear layers alone", faults, fix))
     return targets
 
 
 def eva_start_for(model: nn.Module, config: LoraConfig, batches: Iterable[Any]) -> EvaStart:
     """Returns the EVA initialisation that `inject` would compute from these batches, for a config that uses EVA."""
-    return _eva_start(model, config, match_modules(model, with_head(model, config)), batches)
+    return _eva_start(model, config, find_targets(model, config), batches)
 
 
 def _eva_start(
@@ -238,14 +237,12 @@ def _linears(targets: Sequence[TargetModule]) -> list[TargetModule]:
 
 def _inject_eva(model: nn.Module, config: LoraConfig, targets: Sequence[TargetModule], start: EvaStart) -> InjectReport:
     """Adapts a model with the ranks and initial factors chosen by EVA; see `loralib.variants.eva`."""
-    linears = _linears(targets)
-    left = [target.name for target in targets if target not in linears or target.name in start.A]
-    ranks = {target.name: target.r for target in targets} | {name: len(A) for name, A in start.A.items()}
-    alphas = {target.name: target.lora_alpha for target in targets} | dict(start.lora_alphas)
+    left = [target.name for target in targets if target.name in start.A]
     tables = {target.name for target in targets if target.token_indices}
-    left = [name for name in left if name not in tables]
     plain = config.replace(init_lora_weights=True, eva_config=None)
-    plain = with_ranks(plain, {name: ranks[name] for name in left}, {name: alphas[name] for name in left})
+    plain = with_ranks(
+        plain, {name: len(start.A[name]) for name in left}, {name: start.lora_alphas[name] for name in left}
+    )
     if len(left) + len(tables) < len(targets):
         plain = plain.targeting("|".join(map(re.escape, left)))
     report = inject_targets(model, plain, match_modules(model, plain))

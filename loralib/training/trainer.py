@@ -226,25 +226,20 @@ def check_fit(model: nn.Module, config: TrainConfig) -> None:
         TargetError: a module cannot be adapted with these settings.
         AdapterError: the adapter would not be usable in the tool it is meant for.
     """
-    lora = _adapter_settings(model, config)
     if config.from_adapter is None:
-        if config.target != "none":
-            check_portable(lora, model, config.target)
-        find_targets(model, lora)
+        find_targets(model, _new_adapter(model, config))
 
 
 def adapt(model: nn.Module, plan: Plan, reporter: Reporter, eva_starts: EvaStarts | None = None) -> None:
     """Injects an adapter unless the model has one, and makes sure that it is not merged; see `data_start`."""
     config, injected = plan.config, None
-    lora = _adapter_settings(model, config)
     if config.from_adapter is not None:
         if adapted_layers(model):
             raise ConfigError("the model already has an adapter: leave out from_adapter, or pass a model without one")
         report = apply_adapter(model, adapter_to_train_on(config, model))
         reporter.say(f"Continuing from {config.from_adapter}: {report}")
     elif not adapted_layers(model):
-        if config.target != "none":
-            check_portable(lora, model, config.target)
+        lora = _new_adapter(model, config)
         torch.manual_seed(config.seed)
         injected = inject(model, lora, eva=data_start(model, lora, plan.train, eva_starts))
     else:
@@ -255,11 +250,14 @@ def adapt(model: nn.Module, plan: Plan, reporter: Reporter, eva_starts: EvaStart
     reporter.adapter(model, injected, config)
 
 
-def _adapter_settings(model: nn.Module, config: TrainConfig) -> LoraConfig:
-    """Returns the settings of a run's adapter; modules that the base model lacks are trained in full."""
+def _new_adapter(model: nn.Module, config: TrainConfig) -> LoraConfig:
+    """Returns the settings of a run's new adapter, once its tool can use it; modules the base lacks train in full."""
     lora = config.lora_config()
-    new = [name for name in new_modules(model) if not lora.saves(name)]
-    return lora.replace(modules_to_save=[*(lora.modules_to_save or ()), *new]) if new else lora
+    if new := [name for name in new_modules(model) if not lora.saves(name)]:
+        lora = lora.replace(modules_to_save=[*(lora.modules_to_save or ()), *new])
+    if config.target != "none":
+        check_portable(lora, model, config.target)
+    return lora
 
 
 def step_for(model: nn.Module, config: TrainConfig) -> TrainingStep:
