@@ -5,6 +5,7 @@ from __future__ import annotations
 from .adapted import (
     base_of,
     common_base,
+    is_classifier,
     load_adapted,
     refuse_classifier,
     save_tokenizer,
@@ -19,6 +20,7 @@ __all__ = [
     "DEFAULT_BASE",
     "base_of",
     "common_base",
+    "is_classifier",
     "load_adapted",
     "load_adapters_tokenizer",
     "load_base",

@@ -21,9 +21,11 @@ from ..injection import merge
 from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, resize_tables_for
 
 __all__ = [
+    "TASK",
     "apply_and_tell",
     "base_of",
     "common_base",
+    "is_classifier",
     "load_adapted",
     "refuse_classifier",
     "save_tokenizer",
@@ -32,6 +34,7 @@ __all__ = [
     "with_chat_template",
 ]
 
+TASK: Final = "SEQ_CLS"  # PEFT's name for the task of a classifier
 # Key in tokenizer_config.json, next to the chat template: what kind of data the adapter was trained on.
 _TRAINED_ON: Final = "loralib_trained_on"
 
@@ -126,13 +129,18 @@ def apply_and_tell(name: str, adapter: Adapter, base: nn.Module) -> None:
         say(f"note: {name}: {report}", file=sys.stderr)
 
 
+def is_classifier(adapter: Adapter) -> bool:
+    """Whether an adapter belongs to a text classifier."""
+    return adapter.config.task_type == TASK
+
+
 def refuse_classifier(adapter: Adapter, name: object) -> None:
     """Refuses a classifier's adapter where a model is to write texts.
 
     Raises:
         AdapterError: it is one; the message says what to use instead.
     """
-    if adapter.config.task_type == "SEQ_CLS":
+    if is_classifier(adapter):
         raise AdapterError(
             f"{name} is a classifier, which labels texts and does not write any: use `loralib predict` "
             "(loralib.load_adapted_classifier and loralib.predict in Python)"

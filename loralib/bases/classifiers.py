@@ -21,7 +21,7 @@ from ..allocator import keep_freed_memory
 from ..errors import AdapterError, BaseModelError, ConfigError, first_line, list_faults
 from ..formats import is_read_with_base, read_adapter, with_present_names
 from ..targets import HEADS
-from .adapted import apply_and_tell, base_of, tokenizer_for
+from .adapted import TASK, apply_and_tell, base_of, is_classifier, tokenizer_for
 from .device import pick_device, pick_dtype
 from .loading import (
     DEFAULT_BASE,
@@ -40,7 +40,6 @@ from .quantized_reading import finish_reading, quantizing, take_over
 
 __all__ = [
     "class_names",
-    "is_classifier",
     "labels_in",
     "load_adapted_classifier",
     "load_classifier",
@@ -49,7 +48,6 @@ __all__ = [
     "own_classes",
 ]
 
-TASK: Final = "SEQ_CLS"  # PEFT's name for the task
 _HEADS: Final = HEADS[TASK]
 _NEW: Final[weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
@@ -138,11 +136,6 @@ def load_adapted_classifier(adapter: str, model: str | None = None, **options: A
     value = with_present_names(value, base)
     apply_and_tell(adapter, value, base)
     return base.eval(), tokenizer_for(adapter, base, tokenizer)
-
-
-def is_classifier(adapter: Adapter) -> bool:
-    """Whether an adapter belongs to a text classifier."""
-    return adapter.config.task_type == TASK
 
 
 def labels_in(adapter: Adapter) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..adapter import Adapter
-from ..bases import load_adapted, load_base, resize_tables_for
-from ..bases.classifiers import is_classifier, labels_in, load_classifier
+from ..bases import is_classifier, load_adapted, load_base, resize_tables_for
+from ..bases.classifiers import labels_in, load_classifier
 from ..bases.device import DTYPES, pick_device, pick_dtype
 from ..bases.made_up import is_made_up
 from ..bases.quant import KINDS

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..bases import load_adapters_tokenizer, pick_dtype
-from ..bases.classifiers import is_classifier, labels_in
+from ..bases import is_classifier, load_adapters_tokenizer, pick_dtype
+from ..bases.classifiers import labels_in
 from ..combine import depends_on_base
 from ..config import HUB_NAMES
 from ..console import counted, say

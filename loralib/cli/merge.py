@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from ..adapter import QUANTIZE
-from ..bases import load_adapters_tokenizer, load_base, pick_dtype
-from ..bases.classifiers import is_classifier, load_classifier
+from ..bases import is_classifier, load_adapters_tokenizer, load_base, pick_dtype
+from ..bases.classifiers import load_classifier
 from ..bases.quant import make_dense, round_model
 from ..console import counted, say
 from ..data import prompt_ids
