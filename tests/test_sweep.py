@@ -235,6 +235,30 @@ def test_a_run_that_diverges_is_dropped_and_the_others_do_not_notice(
     assert result.best.name == "lr-0.001"
 
 
+def test_a_run_whose_loss_explodes_is_dropped_within_a_few_updates(tmp_path: Path) -> None:
+    """The base continues its data well, so that a much too high rate makes it worse, though the loss stays finite."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)  # it repeats the last token
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.01)
+            layer.mlp.down_proj.weight.mul_(0.01)
+    data = [TokenExample((number,) * 8, (False,) + (True,) * 7) for number in range(VOCABULARY)]
+
+    def run(name: str, **changes: Any) -> Any:
+        config = RUNS[0].replace(**{"max_steps": 20, "eval_steps": 20} | changes)
+        options = {"output_dir": str(tmp_path / name), "verbose": False}
+        return lora.train_many(model, data, [config, config.replace(lr=30.0)], valid_data=data[:5], **options).runs
+
+    good, bad = run("at-the-end")
+    assert "the training loss exploded" in bad.dropped
+    assert len(list(read_metrics(bad.path / "metrics.jsonl"))) < 15
+    assert not good.dropped
+    good, bad = run("often", eval_steps=2)
+    assert "the validation loss exploded" in bad.dropped
+    assert not good.dropped
+
+
 def test_a_validation_that_is_not_a_number_is_that_of_one_run(tmp_path: Path) -> None:
     configs = [RUNS[0].replace(eval_steps=1), RUNS[0].replace(eval_steps=1, lr=1e30)]
     good, bad = sweep(tmp_path / "sweep", configs).runs

@@ -38,7 +38,7 @@ from loralib.training.memory import memory_estimate
 from loralib.training.objective import StepStats
 from loralib.training.optim import lr_factor, make_optimizer, parameter_groups
 from loralib.training.report import plot_losses, read_metrics
-from loralib.training.run_directory import checkpoint_files, last_checkpoint, save_checkpoint
+from loralib.training.run_directory import Progress, checkpoint_files, last_checkpoint, save_checkpoint
 from loralib.training.step import Step, make_step
 
 VOCABULARY = 23
@@ -523,6 +523,32 @@ def test_an_exploding_loss_stops_the_run(tmp_path: Path) -> None:
     config = settings(tmp_path, num_epochs=40, lr=30.0, max_grad_norm=0.0, target_modules="head")
     with pytest.raises(errors.TrainingError, match=r"exploded.*Lower --lr"):
         train(config, Detached())
+
+
+@pytest.mark.parametrize(
+    ("validations", "losses", "guessing", "fault"),
+    [
+        ([], [0.1, *[3.0] * 30], 11.0, ""),  # the first batch was easy
+        ([2.5], [0.1] * 5 + [3.0] * 30, 11.0, ""),  # so were all of the first, but the data as a whole are not
+        ([2.5, 9.0], [2.4, 1.0, *[0.1] * 30], 11.0, ""),  # learned by heart
+        ([0.7, 2.6], [0.7, 0.6, 0.4, 0.4], math.inf, ""),  # a classifier that has become too sure of itself
+        ([], [2.4] * 5 + [7.0] * 8, 11.0, "training loss exploded: 6.08 over the last 10 updates"),
+        ([], [2.4, *[59.0] * 9], 11.0, "training loss exploded"),  # at once, so that no loss but the first is usual
+        ([2.5, 59.0], [2.4, 30.0], 11.0, "validation loss exploded: 59, and 2.5 before training"),
+        ([], [11.0] * 30, 11.0, ""),  # a model made at random
+    ],
+)
+def test_a_run_diverges_if_it_gets_worse_than_its_base(
+    validations: list[float], losses: list[float], guessing: float, fault: str
+) -> None:
+    progress = Progress(valid_losses=[[float(step), loss] for step, loss in enumerate(validations)])
+    faults = []
+    for loss in losses:
+        progress.add_loss(loss)
+        faults.append(progress.why_diverged(guessing))
+    assert fault in faults[-1]
+    assert not any(faults[:-1])
+    assert bool(faults[-1]) == bool(fault)
 
 
 def saved_parameters(directory: Path) -> list[torch.Tensor]:

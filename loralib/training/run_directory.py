@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -61,6 +62,7 @@ _TEMPORARY = tuple(
 # What a run leaves, and a later run in the same directory moves aside; the config comes last: it marks an adapter.
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin", *TOKENIZER_FILES, "adapter_config.json")
 _LEFT = ("tensorboard", "metrics.jsonl", "loss.png", "README.md", "pytorch_model.bin", RUN_FILE, *_ADAPTER)
+_FIRST, _LAST = 5, 10  # number of updates whose losses are compared, to tell an explosion from a hard batch
 _LEAST = 2  # number of checkpoints to keep during a run: the newest may be damaged
 _LENGTHS = frozenset(("num_epochs", "max_steps"))
 _STATE = "loralib.checkpoint"
@@ -83,6 +85,7 @@ class Progress:
             adapter is chosen by another metric, a third number is its negated value, of which the lowest is best.
         best: the lowest such loss (or third number) after any update.
         bad: number of validations since then.
+        first_losses, last_losses: training losses of the first and the last few updates.
         metrics_bytes: length of metrics.jsonl; on resuming, anything that a crash left beyond it is cut off.
         finished: whether the run reached its end.
         ranks: number of processes that wrote this.
@@ -100,6 +103,8 @@ class Progress:
     valid_losses: list[list[float]] = field(default_factory=list)
     best: float | None = None
     bad: int = 0
+    first_losses: list[float] = field(default_factory=list)
+    last_losses: list[float] = field(default_factory=list)
     metrics_bytes: int = 0
     finished: bool = False
     ranks: int = 1
@@ -120,8 +125,42 @@ class Progress:
 
     def result(self) -> dict[str, Any]:
         """Returns the outcome of the run, without what only its checkpoints need."""
-        passing = ("epoch_loss", "epoch_weight", "metrics_bytes", "finished", "bad", "ranks")
+        passing = "epoch_loss epoch_weight first_losses last_losses metrics_bytes finished bad ranks".split()
         return {name: value for name, value in asdict(self).items() if name not in passing}
+
+    def add_loss(self, loss: float) -> None:
+        """Records the training loss of an update."""
+        self.first_losses = [*self.first_losses, loss][:_FIRST]
+        self.last_losses = [*self.last_losses, loss][-_LAST:]
+
+    def why_diverged(self, guessing: float = math.inf) -> str:
+        """Returns why the last updates made the model useless, or "" if they did not.
+
+        Some batches are harder than others, so this compares averages over updates with the highest of the first
+        losses.  Validation losses are of the same examples, but also rise when a run learns its data by heart; they
+        count once the training loss is above the base's.
+
+        Args:
+            guessing: the loss of a model for which all answers are equally likely.
+
+        >>> progress = Progress(valid_losses=[[0, 2.5]], first_losses=[2, 3, 2, 3, 2], last_losses=[6] * 9)
+        >>> progress.why_diverged()
+        ''
+        >>> progress.add_loss(20.0)
+        >>> progress.why_diverged()
+        'the training loss exploded: 7.4 over the last 10 updates'
+        """
+        if not self.last_losses:
+            return ""
+        average = sum(self.last_losses) / len(self.last_losses)
+        before = [entry[1] for entry in self.valid_losses if entry[0] == 0]
+        # Only the first loss is the base's own; the others may already have exploded.
+        limit = min(2 * max(self.first_losses + before) + 1, max(2 * self.first_losses[0] + 1, 0.99 * guessing))
+        if len(self.last_losses) == _LAST and average >= limit:
+            return f"the training loss exploded: {average:.3g} over the last {_LAST} updates"
+        if before and (last := self.valid_losses[-1][1]) >= 2 * before[0] + 1 and average > before[0]:
+            return f"the validation loss exploded: {last:.3g}, and {before[0]:.3g} before training"
+        return ""
 
     def add_validation(self, loss: float, score: float | None = None) -> bool:
         """Records a validation loss; returns whether it, or `score` if given, is the lowest so far after any update."""

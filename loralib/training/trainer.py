@@ -38,7 +38,7 @@ from ..formats import check_portable, load_adapter
 from ..injection import adapted_layers, adapted_model, disabled, find_targets, inject, unmerge
 from ..layers import LoRALayer
 from ..modes import keeping_modes
-from ..wrapping import adapting_spread, is_spread, refuse_process_groups
+from ..wrapping import adapting_spread, is_spread, output_head, refuse_process_groups
 from .classification import ClassificationStep, prepare_classifier
 from .config import AUTOMATIC, TrainConfig
 from .memory import explain_out_of_memory, freeze_objects, gradient_checkpointing, memory_estimate
@@ -76,7 +76,6 @@ __all__ = [
 # Signal handlers, torch's global random generator, glibc's allocator and gc.freeze belong to the whole process, so runs
 # in several threads take turns.
 ONE_RUN_AT_A_TIME = threading.RLock()
-_WINDOW = 20  # number of updates to average over, to tell an explosion from noise
 _SIGHUP = getattr(signal, "SIGHUP", None)  # sent when the terminal is closed; does not exist on Windows
 _PASSED_ON = (_SIGHUP, signal.SIGTERM)  # may arrive twice: from the system, and from the run's parent process
 
@@ -371,6 +370,7 @@ class Trainer:
             reporter.say(
                 f"Resuming from step-{done:08}{self.progress.of_ranks}: {done:,} of {self.total:,} updates done"
             )
+        self._guessing = _loss_of_guessing(model) if step.unit == "token" else math.inf
         self.gradients_checked = self.progress.step > 0
         self._saved = -1  # the update after which a checkpoint was written
         self.from_base = reporter.from_base = starts_as_base(model, self.initial)
@@ -530,7 +530,8 @@ class Trainer:
         started = time.perf_counter()
         loss, norm, more = self._clip(computed.result, computed.norm)
         loss = loss * config.grad_accum / len(batches) if paper else loss
-        if fault := loss_fault(self.losses, loss, norm, progress.step + 1):
+        progress.add_loss(loss)
+        if fault := loss_fault(loss, norm, progress.step + 1) or progress.why_diverged(self._guessing):
             raise self.directory.divergence(fault, progress)
         factor = lr_factor(config, progress.step, self.total)
         if factor > 0 and not self.gradients_checked:
@@ -630,6 +631,8 @@ class Trainer:
         lr = config.peak_lr * lr_factor(config, progress.step - 1, self.total) if progress.step else 0.0
         self.metrics.add("valid", progress, loss, lr, computed.seconds, figures)
         self.reporter.validation(progress.step, loss, progress.valid_losses[0][1], self._shown(figures))
+        if fault := progress.why_diverged():
+            raise self.directory.divergence(f"{fault} (update {progress.step})", progress)
         if is_best:
             self.directory.save_adapter(self.model, self.directory.best, self.ranks)
 
@@ -730,13 +733,16 @@ def stop_on_signal() -> Iterator[StopRequest]:
                 signal.signal(number, handler)
 
 
-def loss_fault(losses: Sequence[float], loss: float, gradient_norm: float, step: int) -> str:
-    """Returns what is wrong with an update's loss or gradient, or ""; `losses` are those of previous updates."""
+def _loss_of_guessing(model: nn.Module) -> float:
+    """Returns the loss per token of a model for which all tokens are equally likely, ln V; infinity if V is unknown."""
+    weight = getattr(output_head(model), "weight", None)
+    return math.inf if weight is None else math.log(weight.shape[0])
+
+
+def loss_fault(loss: float, gradient_norm: float, step: int) -> str:
+    """Returns what is not finite in an update, or ""."""
     if not math.isfinite(loss):
         return f"the training loss became {loss} at update {step}"
-    recent = losses[-_WINDOW:]
-    if len(recent) == _WINDOW and sum(recent) / _WINDOW >= 2 * losses[0] + 1:
-        return f"the training loss exploded: {sum(recent) / _WINDOW:.3g} over the last {_WINDOW} updates"
     if not math.isfinite(gradient_norm):  # possible with a finite loss; the update would ruin every weight
         return f"the gradient became {gradient_norm} at update {step}"
     return ""
