@@ -269,6 +269,18 @@ def test_a_validation_that_is_not_a_number_is_that_of_one_run(tmp_path: Path) ->
     )
 
 
+def test_runs_that_read_the_same_examples_read_them_once_with_the_limit_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The memory that earlier runs take would lower the limit of later ones, so that they could leave out examples."""
+    limits = iter([(20, "memory"), (8, "memory")])
+    monkeypatch.setattr(trainer, "length_limit", lambda *_: next(limits))
+    result = sweep(tmp_path / "sweep", [RUNS[0], RUNS[0].replace(lr=3e-3)], verbose=True)
+    assert capsys.readouterr().out.count("Sequence length") == 1
+    first, second = (run.result.valid_losses[0] for run in result.runs)
+    assert first == second
+
+
 def test_settings_that_no_run_could_have_are_refused_before_any_has_trained(tmp_path: Path) -> None:
     configs = [RUNS[0], RUNS[0].replace(rank=5000, init_lora_weights="pissa"), RUNS[0].replace(target_modules="nosuch")]
     with pytest.raises(errors.ConfigError) as told:

@@ -289,8 +289,11 @@ class _Sweep:
         say: Any,
         limit: Any,
     ) -> Plan:
-        """Plans a run; examples are read only once for runs that use the same ones."""
-        key = (config.seed, config.seq_len, limit)
+        """Plans a run; examples are read only once for runs that use the same ones.
+
+        Their limit is that of the first such run, since later ones find less memory free.
+        """
+        key = (config.seed, config.seq_len, config.batch_size)
         if key not in self._plans:
             self._plans[key] = make_plan(model, data, valid, tokenizer, config, self.reporter.say, limit)
         plan = self._plans[key]
