@@ -203,15 +203,35 @@ def test_the_best_adapter_is_set_apart_and_can_be_loaded(tmp_path: Path) -> None
     assert [run["state"] for run in record["runs"]] == ["finished"] * 3
 
 
-def test_variants_that_cannot_share_follow_one_after_the_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+VARIANTS: list[dict[str, Any]] = [
+    {"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True, "use_rslora": True}, {"lora_dropout": 0.3},
+    {"init_lora_weights": "olora", "lora_dropout": 0.1, "target_modules": "q_proj,k_proj,down_proj"},
+    {},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["full", "torch", "off"])
+def test_variants_and_dropout_share_passes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engine: str
 ) -> None:
+    """Each run draws the dropout masks that it draws by itself, or, if batches are padded, trains by itself."""
+    monkeypatch.setenv("LORALIB_ENGINE", engine)
+    configs = [lora.TrainConfig(**COMMON, rank=2, lr=1e-2, seed=seed, **each) for seed, each in enumerate(VARIANTS)]
+    result = sweep(tmp_path / "together", configs, verbose=True)
+    assert capsys.readouterr().out.count("trains on its own: dropout") == (2 if engine == "off" else 0)
+    for number, (config, run) in enumerate(zip(configs, result.runs, strict=True)):
+        by_itself = alone(tmp_path / f"alone-{number}", config)
+        assert run.result.losses == pytest.approx(by_itself.losses, abs=1e-5), config
+        assert dict(run.result.valid_losses) == pytest.approx(dict(by_itself.valid_losses), abs=1e-5)
+
+
+def test_runs_that_cannot_share_follow_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = {**COMMON, "rank": 2, "lr": 1e-2}
-    configs = [lora.TrainConfig(**common), lora.TrainConfig(**common, use_dora=True)]
+    configs = [lora.TrainConfig(**common), lora.TrainConfig(**common, trainable_token_indices=[3, 5])]
     result = sweep(tmp_path / "sweep", configs, verbose=True)
     by_itself = alone(tmp_path / "alone", configs[1])
     assert result.runs[1].result.losses == by_itself.losses
-    assert "use_dora-true trains on its own: DoRA rescales the base's output" in capsys.readouterr().out
+    assert "trains on its own: rows of an embedding or head are trained" in capsys.readouterr().out
 
 
 def test_what_cannot_share_a_pass_is_seen_in_the_model() -> None:
@@ -316,7 +336,8 @@ def test_a_killed_sweep_resumes_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     """At any moment: here, it dies while writing a checkpoint, and other runs have later ones."""
-    configs = [*RUNS[:3], RUNS[0].replace(lr=1e30)]  # one of them is dropped on the way
+    drops = RUNS[0].replace(lora_dropout=0.2, use_dora=True)
+    configs = [*RUNS[:3], drops, RUNS[0].replace(lr=1e30)]  # one of them is dropped on the way
     whole = adapters(sweep(tmp_path / "whole", configs))
     write, writes = run_directory.save_checkpoint, 0
 

@@ -171,8 +171,8 @@ class LinearGroup(Generic[Linear]):
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """Returns one layer's output; a call of the first layer computes the outputs of the others as well."""
-        layer, pending = self.layers[number], self.pending
-        usual = x.dtype == _dtype(layer)[0] and not torch.is_autocast_enabled(x.device.type)
+        pending = self.pending
+        usual = x.dtype == _dtype(self.layers[number])[0] and not torch.is_autocast_enabled(x.device.type)
         if not (usual and self._is_ready()) or x.is_inference() or x.dim() < 2 or not x.numel():
             return self._alone(number, x)
         made_for = (x._version, torch.is_grad_enabled())
@@ -180,21 +180,21 @@ class LinearGroup(Generic[Linear]):
             output = pending.outputs.pop(number)
             if not pending.outputs:
                 self.pending = PendingOutputs()
-            return self._finished(layer, output, x)
-        dropped = self._dropped(layer, x)
+            return self._finished(number, output, x)
+        dropped = self._dropped(number, x)
         numbers = (number,) if number or dropped is not None else tuple(range(len(self.layers)))
         outputs = self._outputs(x, dropped, numbers)
         first, *others = outputs
         del outputs
         if others:
             self.pending = PendingOutputs(x, made_for, dict(zip(numbers[1:], others, strict=True)))
-        return self._finished(layer, first, x)
+        return self._finished(number, first, x)
 
-    def _finished(self, layer: Linear, output: Tensor, x: Tensor) -> Tensor:
+    def _finished(self, number: int, output: Tensor, x: Tensor) -> Tensor:
         """Returns a layer's output (..., out) for x, given its output (T, out) from the products."""
         return output.view(*x.shape[:-1], output.shape[-1])
 
-    def _dropped(self, layer: Linear, x: Tensor) -> Tensor | None:
+    def _dropped(self, number: int, x: Tensor) -> Tensor | None:
         """Returns the dropped-out input of a layer's low-rank path, which differs between layers; None: no dropout."""
         return None
 
@@ -214,12 +214,12 @@ class LinearGroup(Generic[Linear]):
 class LayerGroup(LinearGroup[LoRALinear]):
     """Layers with LoRA that read the same input."""
 
-    def _finished(self, layer: LoRALinear, output: Tensor, x: Tensor) -> Tensor:
-        return super()._finished(layer, finished(layer, output), x)
+    def _finished(self, number: int, output: Tensor, x: Tensor) -> Tensor:
+        return super()._finished(number, finished([self.layers[number]], output), x)
 
-    def _dropped(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
+    def _dropped(self, number: int, x: Tensor) -> Tensor | None:
         drops = any(each.lora_dropout and each.training for each in self.layers)
-        return layer._drop(x) if drops else None
+        return self.layers[number]._drop(x) if drops else None
 
 
 class _TrainingGroup(LayerGroup):

@@ -167,10 +167,10 @@ class Forward:
         return DeviceLinears([] if self.compiles else in_body)
 
     @contextmanager
-    def assigned_rows(self, rows: Sequence[int]) -> Iterator[None]:
-        """Assigns each twin, in order, its number of rows of the passes inside."""
+    def assigned_rows(self, rows: Sequence[int], random: Sequence[torch.Generator]) -> Iterator[None]:
+        """Assigns each twin, in order, its number of rows of the passes inside, and its generator for dropout."""
         assert isinstance(self._linears, RowLinears)
-        self._linears.rows = rows
+        self._linears.rows, self._linears.random = rows, random
         try:
             yield
         finally:

@@ -6,13 +6,15 @@ The rows x (T, in) of a pass are ordered by run.  With x_k the rows of run k,
 
 so that all runs share one product with the base weight, and each run's low-rank path is a slice.  In the backward pass,
 with g the gradient of y and u_k = g_k scaling_k B_k, the gradient of x is ``g W + [u_k A_k]``, and those of the factors
-are ``u_k^T x_k`` and ``scaling_k g_k^T h_k``.  No row of a run meets another run's factors.  As in
+are ``u_k^T x_k`` and ``scaling_k g_k^T h_k``.  No row of a run meets another run's factors.  What a variant does after
+the products (DoRA's scale, a bias of B), and dropout before them, applies to the rows of its run as well.  As in
 `adapted_linears.py`, layers that read the same input are computed together, and all runs' factors are cast at once.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -29,6 +31,7 @@ from .adapted_linears import GroupProducts, LinearGroup, PendingOutputs, groups_
 from .cast_factors import GroupFactors, cast_factors
 from .frozen_linear import FrozenLinear, FrozenWeight, weight_of
 from .placement import Overrides, own_forward
+from .scaled_outputs import finished
 
 __all__ = ["RowLinears", "why_not_shared"]
 
@@ -41,11 +44,10 @@ def why_not_shared(model: nn.Module) -> str:
     if any(p.requires_grad and id(p) not in in_layers for p in model.parameters()):
         return "weights of the base are trained too"
     for name, layer in layers:
-        plain = has_factors(layer) and type(layer).factors is LoRALinear.factors and is_frozen(layer)
-        if not plain or layer.output_scale() is not None or layer.output_shift() is not None:
-            return f"{name} is not just a linear layer with plain LoRA"
-        if layer.lora_dropout:
-            return "dropout draws random numbers that are specific to the run"
+        if not (has_factors(layer) and is_frozen(layer)):
+            return f"{name} is not just a linear layer with LoRA"
+        if layer.lora_dropout and layer.lora_A.device.type != "cpu":
+            return "dropout draws random numbers from the device's generator, of which there is only one"
         if layer is head:
             return f"{name}, the head, is adapted"
     return ""
@@ -63,6 +65,7 @@ class RowLinears:
         modules: the modules that may be overridden.
         prepacked_bytes: 0: weights are not copied.
         rows: number of rows of each run in the pass; None: only the base is computed.
+        random: the generator of each run, for dropout.
     """
 
     prepacked_bytes = 0
@@ -82,6 +85,7 @@ class RowLinears:
             self._others = {m: FrozenLinear(m, prepack=False) for m in frozen}
         self.modules: list[nn.Module] = [*self._layers, *self._others]
         self.rows: Sequence[int] | None = None
+        self.random: Sequence[torch.Generator] = []
         self._together: list[list[nn.Module]] = [[module] for module in self._layers]
 
     @functools.cached_property
@@ -115,7 +119,7 @@ class RowLinears:
         overrides = dict(self._others)
         factors: list[GroupFactors] = []
         for group in self._groups:
-            factors += group.begin(self.rows)
+            factors += group.begin(self.rows, self.random)
             overrides.update({module: functools.partial(group.run, at) for at, module in enumerate(group.layers)})
         try:
             with cast_factors(factors):
@@ -141,13 +145,14 @@ class _RowGroup(LinearGroup[nn.Module]):
         super().__init__(modules)
         self._names, self._of_runs, self._fast = names, layers, fast
         self._rows: Sequence[int] = []
+        self._random: Sequence[torch.Generator] = []
         weights = [weight_of(module) for module in modules] if fast else []
         self._runs = [GroupFactors(own, weights) for own in zip(*layers, strict=True)] if fast else []
         self._products = GroupProducts([FrozenWeight(weight, prepack=False) for weight in weights])
 
-    def begin(self, rows: Sequence[int]) -> list[GroupFactors]:
-        """Sets the number of rows of each run in the next pass; returns the factors of runs with rows."""
-        self._rows = rows
+    def begin(self, rows: Sequence[int], random: Sequence[torch.Generator]) -> list[GroupFactors]:
+        """Sets each run's number of rows in the next pass, and its generator; returns the factors of runs with rows."""
+        self._rows, self._random = rows, random
         if not self._fast:
             return []
         runs = [run for run, count in zip(self._runs, rows, strict=True) if count]
@@ -160,15 +165,34 @@ class _RowGroup(LinearGroup[nn.Module]):
 
     def _alone(self, number: int, x: Tensor) -> Tensor:
         y = own_forward(self.layers[number], x)
+        ys, outputs = y.reshape(-1, y.shape[-1]).split(list(self._rows)), []
+        for run, part in enumerate(self._checked(x, number).split(list(self._rows))):
+            layer = self._of_runs[number][run]
+            if layer is None or not len(part):
+                outputs.append(ys[run])
+                continue
+            update = low_rank(self._drop(number, run, part), *layer.factors(), layer.scaling)
+            outputs.append(layer.finished(ys[run] + update.to(y.dtype)))
+        return torch.cat(outputs).view_as(y)
+
+    def _finished(self, number: int, output: Tensor, x: Tensor) -> Tensor:
+        runs = [(layer, count) for layer, count in zip(self._of_runs[number], self._rows, strict=True) if count]
+        output = finished([layer for layer, _ in runs], output, [count for _, count in runs])
+        return super()._finished(number, output, x)
+
+    def _dropped(self, number: int, x: Tensor) -> Tensor | None:
+        if not self.layers[number].training or not any(map(_drops, itertools.chain(*self._of_runs))):
+            return None
         parts = self._checked(x, number).split(list(self._rows))
-        updates = [
-            part.new_zeros(len(part), y.shape[-1])
-            if layer is None
-            else low_rank(part, *layer.factors(), layer.scaling).to(y.dtype)
-            for part, layer, count in zip(parts, self._of_runs[number], self._rows, strict=True)
-            if count
-        ]
-        return cast(Tensor, y + torch.cat(updates).view_as(y))
+        return torch.cat([self._drop(number, run, part) for run, part in enumerate(parts)]).view(x.shape)
+
+    def _drop(self, number: int, run: int, rows: Tensor) -> Tensor:
+        """Returns rows of a run after dropout, with the mask that `functional.dropout` draws in a run by itself."""
+        layer = self._of_runs[number][run]
+        if not _drops(layer) or not self.layers[number].training or not len(rows):
+            return rows
+        kept = 1 - cast(LoRALinear, layer).lora_dropout
+        return rows * torch.empty_like(rows).bernoulli_(kept, generator=self._random[run]).div_(kept)
 
     def _outputs(self, x: Tensor, dropped: Tensor | None, numbers: tuple[int, ...]) -> Sequence[Tensor]:
         self._checked(x, numbers[0])
@@ -187,3 +211,7 @@ class _RowGroup(LinearGroup[nn.Module]):
                 "be told apart there. Leave it out of target_modules, or train the runs one by one."
             )
         return flat
+
+
+def _drops(layer: LoRALinear | None) -> bool:
+    return layer is not None and layer.lora_dropout > 0

@@ -1,6 +1,6 @@
 """Trains several runs together: `loralib.train_many` and ``loralib sweep``.
 
-Runs that train plain LoRA on linear layers share one base and its passes (`shared_step.py`): each run is a `Trainer`
+Runs that train linear layers share one base and its passes (`shared_step.py`): each run is a `Trainer`
 that yields requests, and one pass answers all of them.  Other kinds of runs follow, one after the other.  Each has an
 ordinary run directory.  Runs that share passes save after the same updates, so that an interrupted sweep resumes from a
 state that all of them have: with the same passes, and so with bit-identical results.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import re
 import shutil
@@ -333,7 +334,7 @@ class _Sweep:
         for run, plan in plans.items():
             twin = twin_of(self.model)
             adapt(twin, plan, Reporter(False), eva_starts)
-            if why := why_not_shared(twin):
+            if why := why_not_shared(twin) or (plan.config.lora_dropout and self._why_not_dropped):
                 run.why_alone = why
                 self.reporter.say(f"  {run.name} trains on its own: {why}")
                 apart.append(run)
@@ -347,6 +348,12 @@ class _Sweep:
                 )
             twins[run] = twin
         return twins, apart
+
+    @functools.cached_property
+    def _why_not_dropped(self) -> str:
+        """Why a run cannot draw its own dropout masks in a shared pass, or ""."""
+        packing = make_step(self.model, packing=self.runs[0].config.packing, compiles=False).packing
+        return "" if packing else "dropout draws a number for each token of its batches, which are padded here"
 
     def _result(self) -> SweepResult:
         outcomes = self.write()
@@ -399,12 +406,8 @@ def twin_of(model: nn.Module) -> nn.Module:
 def _why_alone(config: TrainConfig) -> str:
     """Returns why a run with these settings cannot share passes, or "" if it can."""
     reasons = {
-        "DoRA rescales the base's output": config.use_dora,
-        f"init_lora_weights {config.init_lora_weights} changes the base": config.init_lora_weights
-        not in ("default", "eva"),
-        "lora_bias adds to the base's output": config.lora_bias,
         "rows of an embedding or head are trained": config.trainable_token_indices is not None,
-        "dropout draws random numbers that are specific to the run": config.lora_dropout > 0,
+        "recomputed activations would need the same dropout": config.lora_dropout > 0 and config.gradient_checkpointing,
         f"its objective is {config.objective}": config.objective in PREFERENCES,
     }
     return next((why for why, holds in reasons.items() if holds), "")
@@ -462,6 +465,7 @@ class _SharedPasses:
             record = run_record(twin, given[run], plans[run].data)
             trainer = Trainer(twin, plans[run], record, run.directory, Reporter(False), stop, ALONE, self.step)
             self.members.append(_Member(number, run, trainer, trainer.requests()))
+            self.step.random[number].set_state(torch.get_rng_state())  # set by the trainer
         self._has_lost = False
 
     def train(self) -> None:
@@ -512,7 +516,12 @@ class _SharedPasses:
     def _leave(self, member: _Member) -> None:
         self.members.remove(member)
 
+    def _set_random(self, member: _Member) -> None:
+        """Gives PyTorch's generator, which checkpoints hold, the state of a run's own."""
+        torch.set_rng_state(self.step.random[member.number].get_state())
+
     def _finish(self, member: _Member) -> None:
+        self._set_random(member)
         try:
             member.run.result = member.trainer.finish()
         except TrainingError as error:  # the run learned nothing
@@ -525,6 +534,7 @@ class _SharedPasses:
         requests = [member.request for member in pausing if isinstance(member.request, Pause)]
         if self.stop or self._has_lost or any(request.is_due or request.is_over for request in requests):
             for member in self.members:  # all at the same update, and before any of them ends
+                self._set_random(member)
                 member.trainer.save()
         if self._has_lost:
             self._has_lost = False
@@ -561,12 +571,15 @@ class _SharedPasses:
 
     def _update(self, wanting: Sequence[_Member]) -> None:
         started = time.perf_counter()
+        random = [generator.get_state() for generator in self.step.random]
         done = self._gradients(wanting)
         norms = {member: gradient_norm(member.trainer.parameters.values()) for member in wanting}
         if len(wanting) > 1 and not all(_is_finite(done[member], norms[member]) for member in wanting):
             # Infinities in one run could reach another through a product with 0, so each run is recomputed on its own.
             for member in wanting:
                 member.trainer.optimizer.zero_grad(set_to_none=True)
+            for generator, state in zip(self.step.random, random, strict=True):
+                generator.set_state(state)
             done = {member: self._gradients([member])[member] for member in wanting}
             norms = {}
         seconds = time.perf_counter() - started

@@ -30,11 +30,14 @@ class SharedStep(Step):
         model: the base, without an adapter.
         twins: the adapted models, which share its weights, in the order of the runs' numbers.
         options: see `Step`.
+
+    Attributes:
+        random: the generator of each run, for dropout.
     """
 
     def __init__(self, model: nn.Module, twins: Sequence[nn.Module], **options: Any) -> None:
         super().__init__(model, twins=twins, **options)
-        self._count = len(twins)
+        self.random = [torch.Generator() for _ in twins]
 
     def in_one_pass(self, parts: Sequence[RunBatch]) -> list[StepStats]:
         """Computes batches of different runs in one pass; gradients only reach each run's own factors.
@@ -45,12 +48,12 @@ class SharedStep(Step):
         if any(not any(any(each.trained) for each in batch) for _, batch, _ in parts):
             raise ValueError("a batch without a trained token")
         laid, counts = self._lay_out([batch for _, batch, _ in parts])
-        rows = [0] * self._count
+        rows = [0] * len(self.random)
         for (number, _, _), count in zip(parts, counts, strict=True):
             rows[number] = count
         gradient = parts[0][2] is not None
         with (
-            self._forward.assigned_rows(rows),
+            self._forward.assigned_rows(rows, self.random),
             self._computing("training" if gradient else "inference", gradient=gradient),
         ):
             totals = self._losses(laid, counts, [scale for *_, scale in parts])
