@@ -311,15 +311,25 @@ def test_settings_that_no_run_could_have_are_refused_before_any_has_trained(tmp_
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])
-def test_runs_that_learn_from_preferences_train_one_by_one(tmp_path: Path, objective: str) -> None:
+def test_runs_that_learn_from_preferences_train_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
     pairs = [
         PreferencePair((3, 5, n), (False, False, True), TokenExample((3, 5, n + 9), (False, False, True)))
         for n in range(6, 14)
     ]
-    configs = [lora.TrainConfig(objective=objective, rank=2, lr=lr, max_steps=2, warmup_steps=0) for lr in (1e-3, 3e-3)]
+    configs = [
+        lora.TrainConfig(objective=objective, rank=2, beta=beta, max_steps=2, warmup_steps=0, seed=seed)
+        for seed, beta in enumerate((0.1, 0.5))
+    ]
+    computed, compute = [], trainer.reference_of
+    monkeypatch.setattr(trainer, "reference_of", lambda *a, **k: computed.append(1) or compute(*a, **k))
     result = lora.train_many(tiny_model(), pairs, configs, output_dir=str(tmp_path / "sweep"), verbose=False)
-    lora.train(tiny_model(), pairs, configs[0].replace(output_dir=str(tmp_path / "alone")), verbose=False)
-    assert adapters(result)["lr-0.001"] == (tmp_path / "alone" / "adapter_model.safetensors").read_bytes()
+    assert len(computed) == (objective == "dpo"), "the reference is that of the base, so all runs share it"
+    assert not list(tmp_path.rglob("reference*"))
+    for config, run in zip(configs, result.runs, strict=True):
+        lora.train(tiny_model(), pairs, config.replace(output_dir=str(tmp_path / run.name)), verbose=False)
+        assert adapters(result)[run.name] == (tmp_path / run.name / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_sweep_of_which_nothing_is_left_fails(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from ..engine.placement import require_free
 from ..engine.rope import rope_limit
 from ..engine.row_linears import why_not_shared
 from ..errors import ConfigError, InterruptedRunError, LoraError, TrainingError, first_line, list_faults
-from ..files import hold_directory
+from ..files import hold_directory, remove_file
 from ..injection import adapted_layers, adapted_model
 from ..modes import keeping_modes
 from ..wrapping import is_spread
@@ -191,6 +191,7 @@ class _Sweep:
         self.path, self.model, self.reporter = path, model, reporter
         self._given = (data, tokenizer, valid_data)
         self._plans: dict[Any, Plan] = {}
+        self._reference = path / "reference.safetensors"
         self.runs: list[_SweepRun] = []
 
     def add(self, names: Sequence[str], configs: Sequence[TrainConfig], stack: ExitStack) -> None:
@@ -224,6 +225,7 @@ class _Sweep:
             apart += self._train_together(together)
         for run in apart:
             self._train_alone(run)
+        remove_file(self._reference)
         return self._result()
 
     def _check(self, runs: Sequence[_SweepRun]) -> None:
@@ -257,6 +259,7 @@ class _Sweep:
         data, tokenizer, valid_data = self._given
         self.reporter.say(f"Training {run.name} ...")
         twin, silent = twin_of(self.model), Reporter(False)
+        run.directory.reference = self._reference
         frozen = {name: p.requires_grad for name, p in self.model.named_parameters()}
         try:
             run.result = run_in(run.directory, twin, data, run.config, tokenizer, valid_data, silent, ALONE)

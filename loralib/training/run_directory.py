@@ -466,6 +466,7 @@ class RunDirectory:
         config: the run's settings.
         tokenizer, chats: tokenizer to save beside the adapters, and whether they are trained on chats.
         resume_at: maximum number of updates in a checkpoint to resume from; None: any number.
+        reference: where the reference of preferences is kept, which the runs of a sweep share.
         unit, shown: what the loss averages over, and which other metrics are plotted.
 
     Args:
@@ -478,6 +479,7 @@ class RunDirectory:
         self.tokenizer: Any = None
         self.chats = False
         self.resume_at: int | None = None
+        self.reference = self.checkpoints / "reference.safetensors"
         self.unit, self.shown = "token", tuple[str, ...]()
         self._then: Mapping[str, Any] | None = None
         for folder in (self.path, self.checkpoints, self.best) if tidy else ():
@@ -575,7 +577,7 @@ class RunDirectory:
         """Removes the checkpoints of a finished run, except those that were requested."""
         keep = self.config.keep_checkpoints
         files = checkpoint_files(self.checkpoints)
-        for path in [*files[: len(files) - keep], *([] if keep else [self._reference])]:
+        for path in [*files[: len(files) - keep], *self._own_reference[: not keep]]:
             remove_file(path)
         _remove_if_empty(self.checkpoints)
 
@@ -583,26 +585,27 @@ class RunDirectory:
         """Writes a checkpoint and removes all but the last few."""
         save_checkpoint(self.checkpoints, state, max(_LEAST, self.config.keep_checkpoints))
 
-    @property
-    def _reference(self) -> Path:
-        return self.checkpoints / "reference.safetensors"
-
     def write_reference(self, key: Mapping[str, Any], values: Tensor) -> None:
         """Saves the log-probabilities of pairs under the reference, for resuming; `key` identifies model and data."""
-        write_safetensors(self._reference, {"log_probs": values}, {_STATE: json.dumps(key)})
+        write_safetensors(self.reference, {"log_probs": values}, {_STATE: json.dumps(key)})
 
     def read_reference(self, key: Mapping[str, Any]) -> Tensor | None:
         """Returns what `write_reference` saved under this key; None if there is nothing."""
         with suppress(AdapterError, OSError):
-            tensors, metadata = read_safetensors(self._reference)
+            tensors, metadata = read_safetensors(self.reference)
             if metadata.get(_STATE) == json.dumps(key):
                 return tensors["log_probs"]
         return None
 
+    @property
+    def _own_reference(self) -> list[Path]:
+        return [self.reference] if self.reference.parent == self.checkpoints else []
+
     def _remove_checkpoints(self) -> None:
         for path in checkpoint_files(self.checkpoints):  # oldest first: if killed here, the finished one remains
             remove_file(path)
-        remove_file(self._reference)
+        for path in self._own_reference:
+            remove_file(path)
         _remove_if_empty(self.checkpoints)
 
     def save_adapter(self, model: nn.Module, directory: Path, ranks: Ranks) -> None:

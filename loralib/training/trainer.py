@@ -435,7 +435,7 @@ class Trainer:
             return
         pairs = list(dict.fromkeys(cast("list[PreferencePair]", [*self.examples, *self.valid])))
         key = {name: self.settings[name] for name in ("training data", "validation data", "base model")}
-        key["adapter"] = hash_tensors(self.initial)
+        key["adapter"] = "none" if self.reporter.from_base else hash_tensors(self.initial)
         known = self.ranks.on_first_rank(lambda: self.directory.read_reference(key))
         if known is None:
             self.reporter.say(f"Computing the reference for {counted(len(pairs), 'pair')} ...")
