@@ -12,7 +12,8 @@ of similar lengths, so that there is little padding.  Three kinds of pairs of ra
 - "chat": single questions and longer answers (median 120 and 150 tokens);
 - "short": prompts of about 40 and answers of about 25 tokens, as in E2E.
 
-Methods run their steps in turn, on the same pairs; minima and medians of ratios.  Writes to
+Methods run their steps in turn, on the same pairs; minima and medians of ratios.  The products of the base's weights
+with the rows that a packed step computes are measured in the same run: no step can take less.  Writes to
 benchmarks/preferences.json, where results of other kinds are kept.
 """
 
@@ -30,11 +31,13 @@ from typing import Any
 import torch
 from machine import machine
 from operators import in_turn
+from products import seconds_of_products
 
 import loralib as lora
 from loralib.allocator import keep_freed_memory
 from loralib.console import say, table
 from loralib.data import PreferencePair, TokenExample
+from loralib.data.packing import pack
 from loralib.training.memory import freeze_objects
 from loralib.training.preferences import PREFERENCE_STEPS
 from loralib.training.step import make_step
@@ -171,15 +174,29 @@ def measure(objective: str, kind: str, sizes: Sequence[int], rounds: int) -> dic
             each["seconds"] /= len(batches)
             each["pairs_per_second"] = size / each["seconds"]
         tokens = sum(sum(map(len, pair.rows)) for pair in pairs) / len(batches)
-        found[str(size)] = {"tokens_per_step": tokens, "ways": times}
+        products = floor(objective, batches)
+        found[str(size)] = {"tokens_per_step": tokens, "seconds_of_the_base_products": products, "ways": times}
         cells = [
             [name, *(f"{t[key]:.3f}" for key in ("seconds", "pairs_per_second", "ratio", "median_ratio"))]
             for name, t in times.items()
         ]
         header = [f"{objective}, {kind}, {size} pairs", "seconds a step", "pairs/s", "ratio", "median"]
         say(table(cells, header=header))
+        say(f"the base's products: {products:.3f} s a step")
         say()
     return found
+
+
+def floor(objective: str, batches: Sequence[Sequence[PreferencePair]]) -> float:
+    """Returns the mean seconds of the base's products in a step, for the rows that a packed step computes."""
+    model, total = base()[0], 0.0
+    for batch in batches:
+        rows = [row for pair in batch for row in pair.rows]
+        predictions = sum(sum(row.trained) for row in rows)
+        if objective == "orpo":  # also learns the chosen texts' prompts
+            predictions += sum(len(pair.prompt) - 1 for pair in batch)
+        total += seconds_of_products(model, pack(rows).processed_tokens, predictions)
+    return total / len(batches)
 
 
 def summary(found: dict[str, Any]) -> dict[str, float]:

@@ -29,13 +29,13 @@ import train as bench
 import transformers
 from machine import machine
 from memory_use import peak_bytes
+from products import seconds_of_products
 from torch import nn
 
 import loralib as lora
 from loralib.allocator import keep_freed_memory
 from loralib.console import say, size, table
 from loralib.data.packing import pack
-from loralib.engine.frozen_linear import FrozenWeight
 from loralib.engine.kernels import Kernels
 from loralib.training.many import twin_of
 from loralib.training.memory import freeze_objects
@@ -119,21 +119,7 @@ def products_of_the_base(runs: int, count: int) -> float:
     packs = [pack(own[number]) for own in work for number in range(count)]
     tokens = sum(each.processed_tokens for each in packs) // count
     predicting = sum(len(each.states) for each in packs) // count
-    head: Any = base.get_output_embeddings()  # type: ignore[operator]
-    linears = [(module, tokens) for module in base.modules() if type(module) is nn.Linear and module is not head]
-    total = 0.0
-    for module, rows in [*linears, (head, predicting)]:
-        weight = FrozenWeight(module.weight, prepack=False)
-        out, width = weight.weight.shape
-        x, gradient = torch.randn(rows, width).bfloat16(), torch.randn(rows, out).bfloat16()
-        best = float("inf")
-        for _ in range(5):
-            started = time.perf_counter()
-            weight.times(x)
-            weight.times_transposed(gradient)
-            best = min(best, time.perf_counter() - started)
-        total += best
-    return total
+    return seconds_of_products(base, tokens, predicting)
 
 
 def memory_of(runs: int) -> int:
