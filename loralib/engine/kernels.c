@@ -80,14 +80,14 @@ static inline ints seeing(uint16_t bit) {
     return (of_lane & (int32_t)bit) != 0;
 }
 
-/* scores (n) = sum over j of k (n, d) times lanes (d); n is rounded up to whole groups of keys. */
-static void dots(const float *k, const vec *lanes, vec *scores, int64_t n, int64_t d) {
+/* scores (n) = factor * (sum over j of k (n, d) times lanes (d)); n is rounded up to whole groups of keys. */
+static void dots(const float *k, const vec *lanes, vec *scores, int64_t n, int64_t d, float factor) {
     for (int64_t i = 0; i < n; i += KEYS) {
         vec acc[KEYS] = {0};
         for (int64_t j = 0; j < d; j++)
 #pragma GCC unroll 8
             for (int p = 0; p < KEYS; p++) acc[p] += lanes[j] * k[(i + p) * d + j];
-        for (int p = 0; p < KEYS; p++) scores[i + p] = acc[p];
+        for (int p = 0; p < KEYS; p++) scores[i + p] = acc[p] * factor;
     }
 }
 
@@ -142,16 +142,13 @@ static struct normal softmax(vec *scores, const uint16_t *seen, int64_t n) {
     return by;
 }
 
-/* A linear layer with LoRA in bf16 (arXiv:2106.09685, eq. 3), for processors with dot products of bf16 pairs; not for those with
- * matrix units (AMX), which oneDNN uses well.
- *
- * Two numbers that are multiplied and summed in one step share a lane: two columns of a row, or two rows. */
+/* Dot products of bf16 pairs, on processors that have them: two numbers that are multiplied and summed in one step share a lane,
+ * either two columns of a row, or two rows. */
 
-#if defined __AVX512BF16__ && !defined __AMX_BF16__
+#ifdef __AVX512BF16__
 #include <immintrin.h>
 
-#define COLUMNS 32  /* of bf16, in one vector */
-#define FEW 8       /* in thin products: the number of rows or columns that share each load of the other operand */
+#define COLUMNS 32 /* of bf16, in one vector */
 
 static inline __m512i all_lanes(const void *pair) { int x; memcpy(&x, pair, sizeof x); return _mm512_set1_epi32(x); }
 static inline __m512i all_lanes_64(const void *two) { int64_t x; memcpy(&x, two, sizeof x); return _mm512_set1_epi64(x); }
@@ -168,6 +165,143 @@ static inline void interleave(__m512i first, __m512i second, __m512i *to) {
 }
 
 static inline __m512i rounded(const __m512 *sums) { return (__m512i)_mm512_cvtne2ps_pbh(sums[1], sums[0]); }
+
+/* Transposes vectors of 64-bit numbers: r[4 i] and r[4 i + 1] receive elements 2 i and 2 i + 1 of t[0], t[2], .., and the
+ * next two those of t[1], t[3], .. */
+static inline void transpose_64(const __m512i t[LANES], __m512i r[LANES]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+        __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+        r[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        r[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+        r[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+}
+
+static void transpose(__m512i r[LANES]) {
+    __m512i t[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    transpose_64(t, r);
+}
+
+/* Attention with bf16 pairs: like `dots`, `mix` and `spread` above, but weights are rounded to bf16 before they are multiplied. */
+
+/* Copies rows of x, `step` apart and selected by `which`, padded with zeros to whole groups of keys. */
+static void gather(const uint16_t *x, int64_t step, const int32_t *which, int64_t n, int64_t d, uint16_t *to) {
+    for (int64_t i = 0; i < n; i++) memcpy(to + i * d, x + which[i] * step, d * sizeof *to);
+    memset(to + n * d, 0, (FULL(n) - n) * d * sizeof *to);
+}
+
+/* The same, with each two rows interleaved. */
+static void gather_pairs(const uint16_t *x, int64_t step, const int32_t *which, int64_t n, int64_t d, __m512i *to) {
+    for (int64_t i = 0; i < n; i += 2)
+        for (int64_t j = 0; j < d; j += COLUMNS, to += 2)
+            interleave(_mm512_loadu_si512(x + which[i] * step + j),
+                       i + 1 < n ? _mm512_loadu_si512(x + which[i + 1] * step + j) : _mm512_setzero_si512(), to);
+}
+
+/* Interleaves each two of `count` rows, of which missing ones count as 0. */
+static void interleave_rows(const uint16_t *const *rows, int count, int64_t d, __m512i *to) {
+    for (int lane = 0; lane < LANES; lane += 2)
+        for (int64_t j = 0; j < d; j += COLUMNS, to += 2)
+            interleave(lane < count ? _mm512_loadu_si512(rows[lane] + j) : _mm512_setzero_si512(),
+                       lane + 1 < count ? _mm512_loadu_si512(rows[lane + 1] + j) : _mm512_setzero_si512(), to);
+}
+
+/* Transposes `count` rows into vectors (d / 2) with one row per lane, two columns at a time. */
+static void pairs_to_lanes(const uint16_t *const *rows, int count, int64_t d, __m512i *to) {
+    for (int64_t j = 0; j < d; j += COLUMNS, to += LANES) {
+        for (int lane = 0; lane < LANES; lane++)
+            to[lane] = lane < count ? _mm512_loadu_si512(rows[lane] + j) : _mm512_setzero_si512();
+        transpose(to);
+    }
+}
+
+/* The inverse of `pairs_to_lanes`, for vectors (d) in fp32, times a factor per lane. */
+static void rows_from_lanes(const vec *x, int count, int64_t d, vec factor, uint16_t *const *rows) {
+    for (int64_t j = 0; j < d; j += LANES) {
+        __m512i square[LANES];
+        for (int i = 0; i < LANES; i++) square[i] = (__m512i)(x[j + i] * factor);
+        transpose(square);
+        for (int lane = 0; lane < count; lane++) store_bf16(rows[lane] + j, (vec)square[lane]);
+    }
+}
+
+static void dots_of_pairs(const uint16_t *k, const __m512i *lanes, vec *scores, int64_t n, int64_t d, float factor) {
+    for (int64_t i = 0; i < n; i += KEYS) {
+        __m512 acc[KEYS];
+#pragma GCC unroll 8
+        for (int p = 0; p < KEYS; p++) acc[p] = _mm512_setzero_ps();
+        for (int64_t j = 0; j < d; j += 2)
+#pragma GCC unroll 8
+            for (int p = 0; p < KEYS; p++) acc[p] = madd(acc[p], lanes[j / 2], all_lanes(k + (i + p) * d + j));
+        for (int p = 0; p < KEYS; p++) scores[i + p] = (vec)acc[p] * factor;
+    }
+}
+
+/* Here v is interleaved, and the weights, of which there is one more, are replaced by pairs of theirs. */
+static void mix_of_pairs(const __m512i *v, vec *weights, vec *lanes, int64_t n, int64_t d) {
+    __m512i *pairs = (__m512i *)weights;
+    if (n % 2) weights[n] = (vec){0};
+    for (int64_t i = 0; i < n; i += 2) {
+        __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)weights[i]));
+        __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)weights[i + 1]));
+        pairs[i / 2] = _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+    }
+    for (int64_t j = 0; j < d; j += KEYS) {
+        __m512 acc[KEYS];
+#pragma GCC unroll 8
+        for (int p = 0; p < KEYS; p++) acc[p] = _mm512_setzero_ps();
+        for (int64_t i = 0; i < n; i += 2) {
+            const uint32_t *row = (const uint32_t *)v + i / 2 * d + j;
+#pragma GCC unroll 8
+            for (int p = 0; p < KEYS; p++) acc[p] = madd(acc[p], pairs[i / 2], all_lanes(row + p));
+        }
+        for (int p = 0; p < KEYS; p++) lanes[j + p] = (vec)acc[p];
+    }
+}
+
+/* Here x (LANES, d) is interleaved. */
+static void spread_of_pairs(const vec *weights, const __m512i *x, const int32_t *which, float *to, int64_t step, int64_t n,
+                            int64_t d) {
+    for (int64_t j = 0; j < d / LANES; j++) {
+        __m512i rows[LANES / 2];
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) rows[i] = x[i * (d / LANES) + j];
+        for (int64_t i = 0; i < n; i++) {
+            uint16_t pairs[LANES];
+            _mm256_storeu_si256((__m256i *)pairs, (__m256i)_mm512_cvtneps_pbh((__m512)weights[i]));
+            float *at = to + which[i] * step + j * LANES;
+            __m512 even = _mm512_loadu_ps(at), odd = _mm512_setzero_ps();
+#pragma GCC unroll 4
+            for (int p = 0; p < LANES / 2; p += 2) {
+                even = madd(even, all_lanes(pairs + 2 * p), rows[p]);
+                odd = madd(odd, all_lanes(pairs + 2 * p + 2), rows[p + 1]);
+            }
+            _mm512_storeu_ps(at, _mm512_add_ps(even, odd));
+        }
+    }
+}
+#endif
+
+/* A linear layer with LoRA in bf16 (arXiv:2106.09685, eq. 3), for processors with dot products of bf16 pairs; not for those with
+ * matrix units (AMX), which oneDNN uses well. */
+
+#if defined __AVX512BF16__ && !defined __AMX_BF16__
+#define FEW 8 /* in thin products: the number of rows or columns that share each load of the other operand */
 
 /* The start of a thread's share of n, as a multiple of `of`. */
 static inline int64_t share_of(int64_t n, int64_t of, int thread, int threads) {
@@ -214,37 +348,6 @@ struct sum {
     const uint16_t *start;
     int64_t count, d, start_step;
 };
-
-/* Transposes vectors of 64-bit numbers: r[4 i] and r[4 i + 1] receive elements 2 i and 2 i + 1 of t[0], t[2], .., and the
- * next two those of t[1], t[3], .. */
-static inline void transpose_64(const __m512i t[LANES], __m512i r[LANES]) {
-#pragma GCC unroll 4
-    for (int i = 0; i < LANES; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-        __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-        r[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-        r[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        r[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-        r[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
-}
-
-static void transpose(__m512i r[LANES]) {
-    __m512i t[LANES];
-#pragma GCC unroll 8
-    for (int i = 0; i < LANES; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    transpose_64(t, r);
-}
 
 /* Dequantises 32 numbers of a row, from `column` on, rounding as PyTorch does. */
 static inline __m512i from_8_bits(const struct packed *w, int64_t row, int64_t column) {
@@ -874,6 +977,12 @@ void NAME(log_sums)(const T *x, float *most, float *sums, T *of_groups, int64_t 
 
 /* Attention of up to LANES queries at a time, one per lane, over a list of keys. */
 
+#if !IS_F32 && defined __AVX512BF16__
+#define IN_PAIRS(d, pairs, single) do { if ((d) % COLUMNS == 0) { pairs; } else { single; } } while (0)
+#else
+#define IN_PAIRS(d, pairs, single) do { single; } while (0)
+#endif
+
 /* Converts rows of x (n, d), `step` apart and selected by `which`, to fp32, padded with zeros to whole groups of keys. */
 static void NAME(widen)(const T *x, int64_t step, const int32_t *which, int64_t n, int64_t d, float *to) {
     for (int64_t i = 0; i < n; i++)
@@ -881,24 +990,32 @@ static void NAME(widen)(const T *x, int64_t step, const int32_t *which, int64_t 
     memset(to + n * d, 0, (FULL(n) - n) * d * sizeof(float));
 }
 
-/* Transposes `count` rows, times a factor, into vectors (d) with one row per lane. */
-static void NAME(to_lanes)(const T *const *rows, int count, int64_t d, float factor, vec *to) {
+/* Transposes `count` rows into vectors (d) with one row per lane. */
+static void NAME(to_lanes)(const T *const *rows, int count, int64_t d, vec *to) {
     memset(to, 0, d * sizeof(vec));
     for (int lane = 0; lane < count; lane++)
         for (int64_t j = 0; j < d; j += LANES) {
             float row[LANES];
-            store_f32(row, LOAD(rows[lane] + j) * factor);
+            store_f32(row, LOAD(rows[lane] + j));
             for (int i = 0; i < LANES; i++) ((float *)(to + j + i))[lane] = row[i];
         }
 }
 
-static void NAME(from_lanes)(const vec *x, int count, int64_t d, T *const *rows) {
+/* The inverse, times a factor per lane. */
+static void NAME(from_lanes)(const vec *x, int count, int64_t d, vec factor, T *const *rows) {
     for (int lane = 0; lane < count; lane++)
         for (int64_t j = 0; j < d; j += LANES) {
             float row[LANES];
-            for (int i = 0; i < LANES; i++) row[i] = ((const float *)(x + j + i))[lane];
+            for (int i = 0; i < LANES; i++) row[i] = ((const float *)(x + j + i))[lane] * factor[lane];
             STORE(rows[lane] + j, load_f32(row));
         }
+}
+
+/* Converts `count` rows to fp32 (LANES, d); missing ones become 0. */
+static void NAME(widen_rows)(const T *const *rows, int count, int64_t d, float *to) {
+    memset(to + count * d, 0, (LANES - count) * d * sizeof(float));
+    for (int lane = 0; lane < count; lane++)
+        for (int64_t j = 0; j < d; j += LANES) store_f32(to + lane * d + j, LOAD(rows[lane] + j));
 }
 
 /* Attention of blocks of queries, each over its own list of keys.
@@ -921,8 +1038,10 @@ void NAME(attention)(const T *q, const T *k, const T *v, T *y, float *most, floa
             int count = (rows[block + 1] - rows[block]) * wide;
             float *wide_k = room + t * room_each, *wide_v = wide_k + FULL(n) * d;
             vec *scores = (vec *)(wide_v + FULL(n) * d), *lanes = scores + FULL(n);
-            NAME(widen)(k + at, key_step, keys + starts[block], n, d, wide_k);
-            NAME(widen)(v + at, key_step, keys + starts[block], n, d, wide_v);
+            const int32_t *mine = keys + starts[block];
+            IN_PAIRS(d, gather(k + at, key_step, mine, n, d, (void *)wide_k), NAME(widen)(k + at, key_step, mine, n, d, wide_k));
+            IN_PAIRS(d, gather_pairs(v + at, key_step, mine, n, d, (void *)wide_v),
+                     NAME(widen)(v + at, key_step, mine, n, d, wide_v));
             for (int64_t head = of * group; head < (of + 1) * group; head += wide) {
                 const T *from[LANES];
                 T *to[LANES];
@@ -930,16 +1049,16 @@ void NAME(attention)(const T *q, const T *k, const T *v, T *y, float *most, floa
                     int64_t place = ((rows[block] + lane / wide) * heads + head + lane % wide) * d;
                     from[lane] = q + place, to[lane] = y + place;
                 }
-                NAME(to_lanes)(from, count, d, scaling, lanes);
-                dots(wide_k, lanes, scores, n, d);
+                IN_PAIRS(d, pairs_to_lanes(from, count, d, (void *)lanes), NAME(to_lanes)(from, count, d, lanes));
+                IN_PAIRS(d, dots_of_pairs((void *)wide_k, (void *)lanes, scores, n, d, scaling),
+                         dots(wide_k, lanes, scores, n, d, scaling));
                 struct normal by = softmax(scores, seen + starts[block], n);
                 if (most) {
                     store_f32(most + (head / wide * blocks + block) * LANES, by.most);
                     store_f32(share + (head / wide * blocks + block) * LANES, by.share);
                 }
-                mix(wide_v, scores, lanes, n, d);
-                for (int64_t j = 0; j < d; j++) lanes[j] *= by.share;
-                NAME(from_lanes)(lanes, count, d, to);
+                IN_PAIRS(d, mix_of_pairs((void *)wide_v, scores, lanes, n, d), mix(wide_v, scores, lanes, n, d));
+                IN_PAIRS(d, rows_from_lanes(lanes, count, d, by.share, to), NAME(from_lanes)(lanes, count, d, by.share, to));
             }
         }
 }
@@ -965,39 +1084,41 @@ void NAME(attention_back)(const T *g, const T *q, const T *k, const T *v, const 
             float *wide_q = wide_v + FULL(n) * d, *wide_g = wide_q + LANES * d;
             vec *scores = (vec *)(wide_g + LANES * d), *slopes = scores + FULL(n), *lanes = slopes + FULL(n);
             float *of_keys = sums + (parts > 1 ? t : 0) * 2 * size + of * d;
-            NAME(widen)(k + of * d, step, mine, n, d, wide_k);
-            NAME(widen)(v + of * d, step, mine, n, d, wide_v);
+            float *mixed_k = wide_k; /* in the order of `mix` */
+            IN_PAIRS(d, gather(k + of * d, step, mine, n, d, (void *)wide_k), NAME(widen)(k + of * d, step, mine, n, d, wide_k));
+            IN_PAIRS(d, gather(v + of * d, step, mine, n, d, (void *)wide_v), NAME(widen)(v + of * d, step, mine, n, d, wide_v));
+            IN_PAIRS(d, mixed_k += FULL(n) * d / 2; gather_pairs(k + of * d, step, mine, n, d, (void *)mixed_k), );
             for (int64_t head = of * group; head < (of + 1) * group; head++) {
                 const T *from_q[LANES], *from_g[LANES];
                 T *to[LANES];
                 float own[LANES] = {0}; /* sum of g y for each query */
-                memset(wide_q, 0, 2 * LANES * d * sizeof(float));
                 for (int lane = 0; lane < count; lane++) {
                     int64_t place = ((rows[block] + lane) * heads + head) * d;
                     from_q[lane] = q + place, from_g[lane] = g + place, to[lane] = of_q + place;
                     vec products = {0};
-                    for (int64_t j = 0; j < d; j += LANES) {
-                        vec gradient = LOAD(g + place + j);
-                        products += gradient * LOAD(y + place + j);
-                        store_f32(wide_g + lane * d + j, gradient);
-                        store_f32(wide_q + lane * d + j, LOAD(q + place + j));
-                    }
+                    for (int64_t j = 0; j < d; j += LANES) products += LOAD(g + place + j) * LOAD(y + place + j);
                     own[lane] = sum(products);
                 }
-                NAME(to_lanes)(from_q, count, d, scaling, lanes);
-                dots(wide_k, lanes, scores, n, d);
-                NAME(to_lanes)(from_g, count, d, 1, lanes);
-                dots(wide_v, lanes, slopes, n, d);
+                IN_PAIRS(d, pairs_to_lanes(from_q, count, d, (void *)lanes), NAME(to_lanes)(from_q, count, d, lanes));
+                IN_PAIRS(d, dots_of_pairs((void *)wide_k, (void *)lanes, scores, n, d, scaling),
+                         dots(wide_k, lanes, scores, n, d, scaling));
+                IN_PAIRS(d, pairs_to_lanes(from_g, count, d, (void *)lanes), NAME(to_lanes)(from_g, count, d, lanes));
+                IN_PAIRS(d, dots_of_pairs((void *)wide_v, (void *)lanes, slopes, n, d, 1), dots(wide_v, lanes, slopes, n, d, 1));
                 vec largest = load_f32(most + (head * blocks + block) * LANES);
                 vec factor = load_f32(share + (head * blocks + block) * LANES);
                 for (int64_t i = 0; i < n; i++) {
                     scores[i] = choose(seeing(seen[starts[block] + i]), vexp(scores[i] - largest) * factor, (vec){0});
                     slopes[i] = scores[i] * (slopes[i] - load_f32(own)) * scaling;
                 }
-                mix(wide_k, slopes, lanes, n, d);
-                NAME(from_lanes)(lanes, count, d, to);
-                spread(slopes, wide_q, mine, of_keys, step, n, d);
-                spread(scores, wide_g, mine, of_keys + size, step, n, d);
+                IN_PAIRS(d, interleave_rows(from_q, count, d, (void *)wide_q), NAME(widen_rows)(from_q, count, d, wide_q));
+                IN_PAIRS(d, interleave_rows(from_g, count, d, (void *)wide_g), NAME(widen_rows)(from_g, count, d, wide_g));
+                IN_PAIRS(d, spread_of_pairs(slopes, (void *)wide_q, mine, of_keys, step, n, d),
+                         spread(slopes, wide_q, mine, of_keys, step, n, d));
+                IN_PAIRS(d, spread_of_pairs(scores, (void *)wide_g, mine, of_keys + size, step, n, d),
+                         spread(scores, wide_g, mine, of_keys + size, step, n, d));
+                IN_PAIRS(d, mix_of_pairs((void *)mixed_k, slopes, lanes, n, d), mix(mixed_k, slopes, lanes, n, d));
+                IN_PAIRS(d, rows_from_lanes(lanes, count, d, (vec){0} + 1, to),
+                         NAME(from_lanes)(lanes, count, d, (vec){0} + 1, to));
             }
         }
     }
@@ -1013,4 +1134,5 @@ void NAME(attention_back)(const T *g, const T *q, const T *k, const T *v, const 
     }
 }
 
+#undef IN_PAIRS
 #endif
