@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -374,7 +375,7 @@ def _copy_adapter(source: Path, target: Path) -> None:
     leave = {"metrics.jsonl", "loss.png", "README.md", "run.toml", "pytorch_model.bin"}
     for file in sorted(files, key=lambda each: each.name == "adapter_config.json"):
         if file.name not in leave:
-            write_whole(target / file.name, lambda temporary, source=file: shutil.copyfile(source, temporary))
+            write_whole(target / file.name, partial(shutil.copyfile, file))
 
 
 def twin_of(model: nn.Module) -> nn.Module:
