@@ -266,6 +266,18 @@ def test_runs_that_learn_from_preferences_train_one_by_one(tmp_path: Path, objec
     assert adapters(result)["lr-0.001"] == (tmp_path / "alone" / "adapter_model.safetensors").read_bytes()
 
 
+def test_what_becomes_of_the_data_is_told_once_by_runs_that_train_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = rates(1e-3, 3e-3, use_dora=True, seq_len=9)
+    sweep(tmp_path, configs, verbose=True, valid_data=None)
+    assert capsys.readouterr().out.count("longer than seq_len)") == 1
+
+
+def test_rates_that_differ_in_late_digits_have_names_of_their_own() -> None:
+    assert many.run_names(rates(1.2345678e-4, 1.2345679e-4)) == ["lr-0.00012345678", "lr-0.00012345679"]
+
+
 def test_a_sweep_of_which_nothing_is_left_fails(tmp_path: Path) -> None:
     with pytest.raises(errors.TrainingError, match="no run finished"):
         sweep(tmp_path / "sweep", [RUNS[0].replace(lr=1e30), RUNS[0].replace(lr=1e31)])

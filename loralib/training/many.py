@@ -133,10 +133,20 @@ def _trains_the_base(config: TrainConfig) -> list[str]:
 def _shown(value: Any) -> str:
     if value is None:
         return "auto"
-    text = f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    text = _short(value) if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
     if isinstance(value, (list, tuple)):
         text = "+".join(map(str, value))
     return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "none"
+
+
+def _short(value: float) -> str:
+    """Returns a number as text, in all its digits only if it needs them.
+
+    >>> _short(1.0), _short(0.00012345678)
+    ('1', '0.00012345678')
+    """
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
 
 
 def train_all(
@@ -258,7 +268,9 @@ class _Sweep:
         twin, silent = twin_of(self.model), Reporter(False)
         frozen = {name: p.requires_grad for name, p in self.model.named_parameters()}
         try:
-            run.result = run_in(run.directory, twin, data, run.config, tokenizer, valid_data, silent, ALONE)
+            run.result = run_in(
+                run.directory, twin, data, run.config, tokenizer, valid_data, silent, ALONE, self._planned
+            )
         except InterruptedRunError:
             raise
         except TrainingError as error:
