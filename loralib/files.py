@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -295,8 +296,18 @@ def write_errors(path: Path, advice: str = "") -> Iterator[None]:
         yield
     except OutputError:
         raise
-    except OSError as error:
-        raise OutputError(_why_not_written(path, error) + advice) from error
+    except Exception as error:
+        if (fault := _system_error(error)) is None:
+            raise
+        raise OutputError(_why_not_written(path, fault) + advice) from error
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """Returns an exception as the OSError that it is; of libraries in Rust (tokenizers), only its text says so."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def _umask() -> int:

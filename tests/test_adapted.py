@@ -18,6 +18,7 @@ from loralib.cli import main
 from loralib.data import Example, TokenExample, encode
 from loralib.data.records import Turn
 from loralib.data.turn_ends import are_chats, turn_ends
+from loralib.errors import OutputError
 from loralib.generation.text import end_tokens, end_with_turns
 
 CHATML = (
@@ -172,6 +173,18 @@ def test_another_tools_adapter_with_more_tokens_resizes_the_table(
     assert f"have {len(tokenizer)} rows, as in the adapter, instead of {len(tokenizer) - 2}, as in the base" in said
     ids = torch.tensor([[5, 6, len(tokenizer) - 1]])
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+
+
+def test_a_disk_that_is_full_is_named_where_a_tokenizer_is_saved(tmp_path: Path, monkeypatch: Any) -> None:
+    """The tokenizers library raises an Exception of no further kind."""
+    tokenizer = make_tokenizer()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        save_tokenizer(tokenizer, tmp_path)
 
 
 def test_a_tokenizer_is_saved_with_what_it_was_used_for(tmp_path: Path) -> None:

@@ -234,6 +234,37 @@ def test_packed_texts_have_the_models_own_logits(shape: str) -> None:
     assert stats.processed_tokens < stats.tokens  # beginnings that texts share are there once
 
 
+def test_a_text_ends_before_its_padding_tokens_as_in_transformers() -> None:
+    """Some tokenizers end a text with the token that they pad with."""
+    model, batch = classifier("llama"), rows(5)
+    model.config.pad_token_id = 3
+    ended = [ClassRow((*row.ids, 3), (False,) * (len(row) + 1), row.label) for row in batch]
+    step = ClassificationStep(model, Labels(class_names(model)))
+    inputs = padded(ended, 3)
+    del inputs["labels"]
+    assert step.packing
+    torch.testing.assert_close(step.logits(ended), model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(step.logits(ended), step.logits(batch))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        C.XLNetConfig(vocab_size=80, d_model=32, n_layer=1, n_head=4, d_inner=48, pad_token_id=0),
+        C.FNetConfig(vocab_size=80, hidden_size=32, intermediate_size=48, num_hidden_layers=1, pad_token_id=0),
+    ],
+)
+def test_a_model_that_sees_padding_gets_none(config: Any) -> None:
+    """XLNet's texts end where its rows do, and FNet takes no mask: each text counts by itself."""
+    torch.manual_seed(0)
+    model = C.AutoModelForSequenceClassification.from_config(config).eval()
+    batch = rows(9, labels=2)
+    single = torch.cat([model(input_ids=torch.tensor([row.ids])).logits for row in batch])
+    step = ClassificationStep(model, Labels(class_names(model)))
+    torch.testing.assert_close(step.logits(batch), single, rtol=1e-4, atol=1e-5)
+    assert sorted(len(row) for part in step.passes(batch) for row in part) == sorted(map(len, batch))
+
+
 def test_texts_of_like_length_go_together_and_come_back_in_order() -> None:
     model = classifier("bert")
     batch = [ClassRow(tuple(range(5, 5 + length)), (False,) * length, 0) for length in [30, 3, 28, 4, 30, 3, 29, 4]]
@@ -449,6 +480,34 @@ def test_predict_gives_labels_probabilities_and_metrics(
     assert "the meal was so good" in capsys.readouterr().out
 
 
+def test_glues_test_data_are_classified_although_they_have_no_labels(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "test.jsonl", [{"sentence": "the film was great", "label": -1, "idx": 0}])
+    assert main(["predict", "--adapter", str(run), "--input", str(data), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "expected" not in out
+    assert "labelled" not in out
+
+
+def test_an_adapter_with_its_own_head_fits_a_base_whose_head_is_larger(
+    base: str, tmp_path: Path, words: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT's users load such a base with ignore_mismatched_sizes, for instance one trained on three labels."""
+    torch.manual_seed(0)
+    model = C.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    three = C.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    three.save_pretrained(tmp_path / "three")
+    words.save_pretrained(tmp_path / "three")
+    ours, _ = load_adapted_classifier(str(tmp_path / "adapter"), str(tmp_path / "three"), dtype="fp32")
+    ids = words("the film was great", return_tensors="pt")
+    torch.testing.assert_close(ours(**ids).logits, adapted.eval()(**ids).logits)
+    with pytest.raises(BaseModelError, match=r"classifier\.bias: \(3,\) in the checkpoint, \(2,\) wanted"):
+        load_classifier(str(tmp_path / "three"), ["bad", "good"])
+
+
 def test_predict_tells_of_texts_that_it_truncates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "--adapter", str(run), "good " * 99, "bad"]) == 0
     assert "note: 1 of 2 texts are longer than 64 tokens and are truncated" in capsys.readouterr().err
@@ -546,6 +605,7 @@ def test_long_texts_are_cut_and_that_is_said(words: Any) -> None:
         (["10", "2"], ("2", "10")),  # as tables have them
         ([True, False], ("false", "true")),
         ([0.0, 1.0], ("0", "1")),
+        (["1.0", "0.0", "1"], ("0", "1")),  # as pandas writes a column with gaps
         ([0.5, 1], ()),
         (["0.5", "1"], ()),
     ],
@@ -553,6 +613,11 @@ def test_long_texts_are_cut_and_that_is_said(words: Any) -> None:
 def test_what_labels_are_is_told_by_their_values(labels: list[Any], names: tuple[str, ...]) -> None:
     (source,) = read_sources([{"text": "x", "label": label} for label in labels], objective="classify")
     assert Labels.of(source.examples).names == names
+
+
+def test_numbers_are_the_same_label_however_a_file_writes_them() -> None:
+    labels = Labels(("1", "2", "10"))
+    assert [labels.number(label) for label in (10, 10.0, "10", "10.0")] == [2] * 4
 
 
 def test_columns_and_tables_are_read(tmp_path: Path) -> None:
@@ -625,6 +690,31 @@ def test_more_labels_than_the_checkpoints_head_has_are_refused(
     text = told([*argv, "--train_data", str(write(tmp_path / "t.jsonl", table))], capsys)
     assert "has 2 labels" in text
     assert "without a head" in text
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_a_head_that_predicts_several_things_at_once_is_refused(
+    kind: str, tmp_path: Path, words: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = classifier("bert", 3)
+    model.config.problem_type = kind
+    model.save_pretrained(tmp_path / "several")
+    words.save_pretrained(tmp_path / "several")
+    several = "several labels" if kind.startswith("multi") else "several numbers"
+    assert several in told(["predict", "--model", str(tmp_path / "several"), "good"], capsys)
+    data = write(tmp_path / "t.jsonl", [{"text": label, "label": label} for label in ("x", "y", "z")])
+    argv = ["train", "--task", "classify", "--model", str(tmp_path / "several"), "--train_data", str(data)]
+    assert several in told([*argv, "--output_dir", str(tmp_path / "out")], capsys)
+    with pytest.raises(ConfigError, match=several):
+        predict(model, words, ["good"])
+
+
+def test_numbers_are_not_smoothed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "t.jsonl", [{"text": "a", "label": 0.5}, {"text": "b", "label": 1}])
+    argv = ["train", "--task", "classify", "--train_data", str(data), "--label_smoothing", "0.1"]
+    assert "label_smoothing is 0.1, but the labels are numbers" in told(
+        [*argv, "--output_dir", str(tmp_path / "out")], capsys
+    )
 
 
 def test_an_adapter_with_other_labels_leads_to_a_new_head(

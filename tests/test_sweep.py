@@ -319,8 +319,8 @@ def test_runs_that_learn_from_preferences_train_one_by_one(
         for n in range(6, 14)
     ]
     configs = [
-        lora.TrainConfig(objective=objective, rank=2, beta=beta, max_steps=2, warmup_steps=0, seed=seed)
-        for seed, beta in enumerate((0.1, 0.5))
+        lora.TrainConfig(objective=objective, rank=2, lr=lr, max_steps=2, warmup_steps=0, seed=seed)
+        for seed, lr in enumerate((1e-3, 3e-3))
     ]
     computed, compute = [], trainer.reference_of
     monkeypatch.setattr(trainer, "reference_of", lambda *a, **k: computed.append(1) or compute(*a, **k))
@@ -330,6 +330,18 @@ def test_runs_that_learn_from_preferences_train_one_by_one(
     for config, run in zip(configs, result.runs, strict=True):
         lora.train(tiny_model(), pairs, config.replace(output_dir=str(tmp_path / run.name)), verbose=False)
         assert adapters(result)[run.name] == (tmp_path / run.name / "adapter_model.safetensors").read_bytes()
+
+
+def test_what_becomes_of_the_data_is_told_once_by_runs_that_train_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = rates(1e-3, 3e-3, use_dora=True, seq_len=9)
+    sweep(tmp_path, configs, verbose=True, valid_data=None)
+    assert capsys.readouterr().out.count("longer than seq_len)") == 1
+
+
+def test_rates_that_differ_in_late_digits_have_names_of_their_own() -> None:
+    assert many.run_names(rates(1.2345678e-4, 1.2345679e-4)) == ["lr-0.00012345678", "lr-0.00012345679"]
 
 
 def test_a_sweep_of_which_nothing_is_left_fails(tmp_path: Path) -> None:
@@ -392,6 +404,77 @@ def test_a_signal_saves_all_runs_at_one_update(tmp_path: Path, monkeypatch: pyte
     assert len(set(steps)) == 1
     resumed = sweep(tmp_path / "stopped", [config.replace(resume=True) for config in RUNS[:2]])
     assert adapters(resumed) == whole
+
+
+SHORT = lora.TrainConfig(rank=2, max_steps=1, batch_size=4, warmup_steps=0)
+
+
+def rates(*rates: float, **settings: Any) -> list[lora.TrainConfig]:
+    return [SHORT.replace(lr=lr, **settings) for lr in rates]
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("again", [(1e-3, 3e-3), (3e-3, 1e-2)])
+def test_a_second_sweep_in_a_directory_moves_the_first_aside_as_a_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], again: tuple[float, ...]
+) -> None:
+    sweep(tmp_path, rates(1e-3, 3e-3))
+    first = files(tmp_path)
+    result = sweep(tmp_path, rates(*again), verbose=True)
+    assert f"moved to {tmp_path / 'previous-1'}" in capsys.readouterr().out
+    assert files(tmp_path / "previous-1") == first
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(run.name for run in result.runs), "best", "sweep.json", "sweep.png", "previous-1",
+    }  # fmt: skip
+
+
+def test_overwrite_discards_all_of_an_earlier_sweep_but_not_what_the_user_added(tmp_path: Path) -> None:
+    sweep(tmp_path, rates(1e-3, 3e-3, keep_checkpoints=1))
+    (tmp_path / "lr-0.001" / "notes.txt").write_text("a good one")
+    result = sweep(tmp_path, rates(1e-2, overwrite=True))
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "best", "sweep.json", "sweep.png", "lr-0.001"}
+    assert [path.name for path in (tmp_path / "lr-0.001").iterdir()] == ["notes.txt"]
+    weights = [(place / "adapter_model.safetensors").read_bytes() for place in (result.best.path, tmp_path / "best")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"resume": True}, "a sweep with different runs"), ({}, "stopped after 0 of its 2 runs.*--resume")],
+)
+def test_an_unfinished_sweep_is_not_lost_to_one_with_other_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "finish", lambda _: (_ for _ in ()).throw(_KilledError))
+        with pytest.raises(_KilledError):
+            sweep(tmp_path, rates(1e-3, 3e-3))
+    before = files(tmp_path)
+    with pytest.raises(errors.LoraError, match=message):
+        sweep(tmp_path, rates(3e-3, 1e-2, **values))
+    assert files(tmp_path) == before
+
+
+def test_a_run_that_was_dropped_is_not_taken_for_another_with_its_number(tmp_path: Path) -> None:
+    """Names that would be too long are numbers, which are the same whatever is tried."""
+    long = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]}
+    configs = [SHORT.replace(lr=1e-3, **long), SHORT.replace(lr=1e30, max_steps=2, rank=3)]
+    assert [run.dropped != "" for run in sweep(tmp_path, configs).runs] == [False, True]
+    with pytest.raises(errors.ConfigError, match="different runs"):
+        sweep(tmp_path, [each.replace(resume=True) for each in (configs[0], configs[1].replace(lr=1e-3, seed=1))])
+
+
+def test_a_sweep_and_a_single_run_do_not_share_a_directory(tmp_path: Path) -> None:
+    """Each would write over the other's `best`."""
+    sweep(tmp_path / "sweep", rates(1e-3))
+    with pytest.raises(errors.ConfigError, match="contains a sweep: choose another --output_dir"):
+        alone(tmp_path / "sweep", SHORT)
+    alone(tmp_path / "run", SHORT)
+    with pytest.raises(errors.ConfigError, match="contains a run of `loralib train`"):
+        sweep(tmp_path / "run", rates(1e-3, overwrite=True))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import nn
 from ..adapter import Adapter, apply_adapter
 from ..console import say
 from ..errors import AdapterError, BaseModelError, ConfigError, LoraError, list_faults
+from ..files import write_errors, write_text
 from ..formats import is_read_with_base, locate_adapter, read_adapter, with_present_names
 from ..injection import merge
 from .loading import DEFAULT_BASE, load_adapters_tokenizer, load_base, resize_tables_for
@@ -189,15 +190,19 @@ def save_tokenizer(tokenizer: Any, directory: str | os.PathLike[str], *, chats: 
         tokenizer: a tokenizer of transformers; others are not saved.
         directory: the adapter's directory.
         chats: whether the adapter was trained on chats written with the tokenizer's template.
+
+    Raises:
+        OutputError: it cannot be written, for instance because the disk is full.
     """
     if not hasattr(tokenizer, "save_pretrained"):
         return
     path = Path(directory)
-    tokenizer.save_pretrained(path)
-    file = path / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    settings[_TRAINED_ON] = "chats" if chats else "text"
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with write_errors(path):
+        tokenizer.save_pretrained(path)
+        file = path / "tokenizer_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings[_TRAINED_ON] = "chats" if chats else "text"
+        write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def trained_on_chats(adapter: str | os.PathLike[str]) -> bool | None:

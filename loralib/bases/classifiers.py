@@ -43,6 +43,7 @@ __all__ = [
     "labels_in",
     "load_adapted_classifier",
     "load_classifier",
+    "load_classifier_for",
     "name_classes",
     "new_modules",
     "own_classes",
@@ -82,6 +83,42 @@ def load_classifier(
         BaseModelError: there is no such model, it cannot be read, or it has no classification variant.
         ConfigError: dtype or device is not available.
     """
+    return _load(
+        name,
+        labels,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+        seed=seed,
+        hidden_dim=hidden_dim,
+        num_layers=num_layers,
+    )
+
+
+def load_classifier_for(adapter: Adapter, name: str | os.PathLike[str], **options: Any) -> tuple[Any, Any]:
+    """Loads the base of a classifier's adapter; a head that the adapter replaces may have other labels.
+
+    Args:
+        adapter: the adapter.
+        name: its base.
+        options: see `load_classifier`.
+    """
+    brings_head = any(tensor.partition(".")[0] in _HEADS for tensor in adapter.tensors)
+    return _load(name, labels_in(adapter), replaces_head=brings_head, **options)
+
+
+def _load(
+    name: str | os.PathLike[str],
+    labels: Sequence[str] | None,
+    *,
+    replaces_head: bool = False,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    quantize: str | None = None,
+    seed: int = 0,
+    hidden_dim: int | None = None,
+    num_layers: int | None = None,
+) -> tuple[Any, Any]:
     name, device, quantize = os.fspath(name), pick_device(device), chosen_kind(quantize)
     settings = {} if labels is None else _settings(labels)
     new = list[str]()
@@ -95,7 +132,7 @@ def load_classifier(
         else:
             refuse_sizes(name, hidden_dim=hidden_dim, num_layers=num_layers)
             path, name = model_directory(name)
-            model, new = _read(str(path), name, settings, pick_dtype(dtype, device), quantize)
+            model, new = _read(str(path), name, settings, pick_dtype(dtype, device), quantize, replaces_head)
             tokenizer = tokenizer_in(path, name, needs_end=False)
             check_vocabulary(model, tokenizer, name)
     model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
@@ -132,7 +169,7 @@ def load_adapted_classifier(adapter: str, model: str | None = None, **options: A
             f"{adapter} is not a classifier (its task_type is {task!r}, expected {TASK!r}). `loralib train --task "
             "classify` trains one; for an adapter that writes text, use `loralib generate`."
         )
-    base, tokenizer = load_classifier(base_of(value, model), labels_in(value), **options)
+    base, tokenizer = load_classifier_for(value, base_of(value, model), **options)
     value = with_present_names(value, base)
     apply_and_tell(adapter, value, base)
     return base.eval(), tokenizer_for(adapter, base, tokenizer)
@@ -159,7 +196,7 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
     """Returns a model's class names, in the order of its logits; empty if it predicts a number.
 
     Raises:
-        ConfigError: it is not a text classifier.
+        ConfigError: it is not a text classifier, or predicts several things at once.
     """
     config: Any = getattr(model, "config", None)
     if not type(model).__name__.endswith("ForSequenceClassification") or not hasattr(config, "id2label"):
@@ -167,8 +204,25 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
             f"{type(model).__name__} is not a text classifier. Load it with loralib.load_classifier, or transformers' "
             "AutoModelForSequenceClassification."
         )
-    names = _named_in(config)
-    return () if len(names) == 1 or config.problem_type == "regression" else names
+    return _classes_of(config, type(model).__name__)
+
+
+def _classes_of(config: Any, name: str) -> tuple[str, ...]:
+    """Returns the class names in a config, in the order of the logits; empty if a number is predicted.
+
+    Raises:
+        ConfigError: its head predicts several things at once.
+    """
+    names = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
+    if len(names) == 1:
+        return ()
+    if config.problem_type in ("multi_label_classification", "regression"):
+        several = "several labels" if config.problem_type != "regression" else "several numbers"
+        raise ConfigError(
+            f"the head of {name} predicts {several} for each text (its problem_type is {config.problem_type!r}), "
+            "expected one. Use a model without a head, or one with a head for single labels."
+        )
+    return names
 
 
 def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
@@ -180,7 +234,11 @@ def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
 
 
 def own_classes(name: str) -> tuple[str, ...] | None:
-    """Returns the classes of a checkpoint with a classification head, without loading it; None if it has no head."""
+    """Returns the classes of a checkpoint with a classification head, without loading it; None if it has no head.
+
+    Raises:
+        ConfigError: its head predicts several things at once.
+    """
     if is_made_up(name):
         return None
     path, _ = model_directory(name)
@@ -192,13 +250,7 @@ def own_classes(name: str) -> tuple[str, ...] | None:
         return None
     if not any(str(each).endswith("ForSequenceClassification") for each in config.architectures or ()):
         return None
-    names = _named_in(config)
-    return () if len(names) == 1 else names
-
-
-def _named_in(config: Any) -> tuple[str, ...]:
-    """Returns the class names in a model's config, in the order of its logits."""
-    return tuple(str(config.id2label[number]) for number in sorted(config.id2label))
+    return _classes_of(config, name)
 
 
 def new_modules(model: nn.Module) -> tuple[str, ...]:
@@ -232,9 +284,9 @@ def _made_up(name: str, settings: dict[str, Any], dtype: Any, device: torch.devi
 
 
 def _read(
-    path: str, name: str, settings: dict[str, Any], dtype: torch.dtype, quantize: str | None
+    path: str, name: str, settings: dict[str, Any], dtype: torch.dtype, quantize: str | None, replaces_head: bool
 ) -> tuple[Any, list[str]]:
-    """Reads a model and returns it with the names of its tensors that the checkpoint lacks."""
+    """Reads a model and returns it with the names of its tensors that the checkpoint lacks, or has in another size."""
     fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
     try:
         with quiet_reading(), keep_freed_memory(lean=True):
@@ -245,6 +297,7 @@ def _read(
                 trust_remote_code=False,
                 weights_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below
                 **settings,
                 **fewer_bits,
             )
@@ -255,8 +308,16 @@ def _read(
             "supports as one (AutoModelForSequenceClassification): BERT, RoBERTa, DeBERTa, ModernBERT, GPT-2, Llama, "
             "Qwen."
         ) from error
-    new = sorted(info["missing_keys"])
+    others = {key: sizes for key, *sizes in info["mismatched_keys"]}
     body = f"{model.base_model_prefix}."
+    if faults := [
+        f"{key}: {tuple(there)} in the checkpoint, {tuple(wanted)} wanted"
+        for key, (there, wanted) in sorted(others.items())
+        if key.startswith(body) or not replaces_head
+    ]:
+        fix = "Give as many labels as the head has outputs, or the model without a head."
+        raise BaseModelError(list_faults(f"{name!r} has tensors of other sizes", faults, fix))
+    new = sorted({*info["missing_keys"], *others})
     lost = [key for key in new if key.startswith(body) and "pooler" not in key]
     if lost:
         heading = f"{len(lost)} of {type(model).__name__}'s tensors are missing from the weights of {name!r}"

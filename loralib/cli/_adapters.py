@@ -12,7 +12,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..bases import is_classifier, load_adapted, load_base, resize_tables_for
-from ..bases.classifiers import labels_in, load_classifier
+from ..bases.classifiers import load_classifier_for
 from ..bases.device import DTYPES, pick_device, pick_dtype
 from ..bases.made_up import is_made_up
 from ..bases.quant import KINDS
@@ -241,7 +241,7 @@ def read_with_base(
         check_base(name)
         say(f"Loading {name} ...")
         if adapter is not None and is_classifier(adapter):
-            model, tokenizer = load_classifier(name, labels_in(adapter), dtype="fp32", device="cpu")
+            model, tokenizer = load_classifier_for(adapter, name, dtype="fp32", device="cpu")
         else:
             model, tokenizer = load_base(name, dtype="fp32", device="cpu")
     if adapter is None:

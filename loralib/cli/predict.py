@@ -14,12 +14,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from ..bases.classifiers import load_adapted_classifier, load_classifier, own_classes
+from ..bases.classifiers import class_names, load_adapted_classifier, load_classifier, own_classes
 from ..console import counted, say, table
-from ..data import Example
+from ..data import Example, Labels
 from ..data.lines import read_lines
 from ..data.readers import read_unlabelled
 from ..errors import BaseModelError, ConfigError, DataError
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         model, tokenizer = load_classifier(args.model, **options)
+    labels = Labels(class_names(model))
+    examples = [replace(each, label=None) if labels.means_none(each.label) else each for each in examples]
     results = predict(model, tokenizer, examples, batch_size=args.batch_size)
     lines = [json.dumps(_record(example, result), ensure_ascii=False) for example, result in _pairs(examples, results)]
     if args.output not in (None, "-"):

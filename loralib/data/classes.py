@@ -102,6 +102,16 @@ def _name(label: str | float) -> str:
     return label if isinstance(label, str) else str(int(label)) if label == int(label) else str(label)
 
 
+def _whole_name(label: str | float) -> str:
+    """Returns a whole number as the name of a class; pandas writes them as 1.0 in a column with gaps.
+
+    >>> _whole_name("1.0"), _whole_name("01")
+    ('1', '01')
+    """
+    name = _name(label)
+    return name if name.lstrip("+-").isdecimal() else str(int(float(name)))
+
+
 @dataclass(frozen=True)
 class Labels:
     """The labels that a classifier distinguishes.
@@ -134,9 +144,17 @@ class Labels:
         name = _name(label)
         if name in self.names:
             return self.names.index(name)
+        if (value := _number(label)) is not None:
+            equal = [number for number, each in enumerate(self.names) if _number(each) == value]
+            if len(equal) == 1:
+                return equal[0]
         if name.isdecimal() and int(name) < len(self.names) and not any(each.isdecimal() for each in self.names):
             return int(name)
         raise DataError(f"there is no label {name!r}.{did_you_mean(name, self.names)}")
+
+    def means_none(self, label: str | float | None) -> bool:
+        """Whether this is -1, with which GLUE's test data say that there is no label, and is not one of the classes."""
+        return bool(self.names) and label is not None and _number(label) == -1 and "-1" not in self.names
 
     @classmethod
     def of(cls, train: Sequence[Example], valid: Sequence[Example] = ()) -> Labels:
@@ -154,8 +172,8 @@ class Labels:
         if some_fractions:
             found = cls()
         else:
-            names = {_name(label) for label in labels}
             whole = all(number is not None for number in numbers)
+            names = {(_whole_name if whole else _name)(label) for label in labels}
             if {"-1", "0", "2"} <= names:
                 unlabelled = [
                     example for example in train if example.label is not None and _name(example.label) == "-1"

@@ -13,6 +13,7 @@ from ..errors import DataError
 from .examples import Example, Turn
 from .fields import ANSWERS, CHATS, QUESTIONS, json_of, kind_of
 from .lines import shown
+from .turns import OTHER_ROLES
 
 __all__ = ["PREFERENCE_FIELDS", "PREFERENCE_FORMS", "TwoRecords", "one_example", "two_records"]
 
@@ -57,10 +58,11 @@ def two_records(record: Mapping[str, Any], names: set[str]) -> TwoRecords | None
         return None
     answers = [_value(record, name) for name in ("chosen", "rejected")]
     chat = next((name for name in CHATS if name in names), None)
-    if chat is not None and all(isinstance(answer, Mapping) for answer in answers):  # LLaMA-Factory's form
+    turns = [[answer] if isinstance(answer, Mapping) else answer for answer in answers]
+    if chat is not None and record[chat] != record["chosen"] and all(map(_is_an_answer, turns)):  # LLaMA-Factory's form
         fields = {"chosen", "rejected", chat}
         base = {name: value for name, value in record.items() if name not in fields}
-        first, second = ({**base, "prompt": json_of(record[chat], chat), "completion": [turn]} for turn in answers)
+        first, second = ({**base, "prompt": json_of(record[chat], chat), "completion": answer} for answer in turns)
         return TwoRecords(first, second, f"preferences ({chat}, and chosen and rejected as turns)", fields, {"prompt"})
     kinds = [kind_of(answer) for answer in answers]
     if kinds[0] != kinds[1] or not isinstance(answers[0], (str, list)):
@@ -78,8 +80,12 @@ def two_records(record: Mapping[str, Any], names: set[str]) -> TwoRecords | None
         base, shape = {**base, "prompt": prompt}, "preferences (chosen and rejected, with the same beginning)"
         first, second = ({**base, "completion": answer} for answer in answers)
         return TwoRecords(first, second, shape, used, {"prompt"})
+    shape, asked = f"preferences ({question}, chosen and rejected)", record[question]
+    if isinstance(asked, str) and asked.strip() and all(answer.startswith(asked) for answer in answers):
+        answers = [answer[len(asked) :] for answer in answers]
+        shape = f"preferences ({question}, which chosen and rejected repeat)"
     first, second = ({**base, "completion": answer} for answer in answers)
-    return TwoRecords(first, second, f"preferences ({question}, chosen and rejected)", used, set())
+    return TwoRecords(first, second, shape, used, set())
 
 
 def _value(record: Mapping[str, Any], name: str) -> Any:
@@ -91,13 +97,12 @@ def _value(record: Mapping[str, Any], name: str) -> Any:
 def _of_chats(base: dict[str, Any], answers: Sequence[Any], question: str | None, used: set[str]) -> TwoRecords:
     asked = None if question is None else _value(base, question)
     if question == "prompt" and isinstance(asked, list):
-        base = {**base, "prompt": asked}
+        base, shared = {**base, "prompt": asked}, _repeated(asked, *answers)
+        answers = [answer[shared:] for answer in answers]
         first, second = ({**base, "completion": answer} for answer in answers)
         return TwoRecords(first, second, "preferences (prompt, chosen and rejected as turns)", used, set())
-    begins = [answer[0] for answer in answers if answer and isinstance(answer[0], Mapping)]
-    roles = [turn.get("role", turn.get("from")) for turn in begins]
     rest = {name: value for name, value in base.items() if name != question}
-    if question is not None and roles == ["assistant"] * 2:
+    if question is not None and all(map(_is_an_answer, answers)):
         rest |= {"prompt": [{"role": "user", "content": asked}]}
         first, second = ({**rest, "completion": answer} for answer in answers)
         shape = f"preferences ({question}, and chosen and rejected as turns)"
@@ -112,6 +117,24 @@ def _of_chats(base: dict[str, Any], answers: Sequence[Any], question: str | None
         used = {*used, question}
     first, second = ({**rest, "messages": answer} for answer in answers)
     return TwoRecords(first, second, "preferences (chosen and rejected as whole conversations)", used, set())
+
+
+def _is_an_answer(turns: Any) -> bool:
+    """Whether these are turns, of which the first is the assistant's."""
+    if not isinstance(turns, list) or not turns or not isinstance(turns[0], Mapping):
+        return False
+    role = turns[0].get("role", turns[0].get("from"))
+    return OTHER_ROLES.get(role, role) == "assistant"
+
+
+def _repeated(asked: Sequence[Any], *answers: Sequence[Any]) -> int:
+    """Returns how many turns at the end of a prompt all answers begin with.
+
+    >>> _repeated(["be brief", "why?"], ["why?", "so"], ["why?", "no"])
+    1
+    """
+    counts = range(min(map(len, (asked, *answers))), 0, -1)
+    return next((n for n in counts if all(list(answer[:n]) == list(asked[-n:]) for answer in answers)), 0)
 
 
 def _without_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:

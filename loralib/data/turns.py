@@ -10,10 +10,10 @@ from .examples import Turn
 from .fields import FLAGS, json_of, kind_of, text_of
 from .lines import is_text, shown
 
-__all__ = ["turns_of"]
+__all__ = ["OTHER_ROLES", "turns_of"]
 
 _ROLES: Final = ("system", "user", "assistant", "tool", "developer")
-_OTHER_ROLES: Final = {  # names used by other tools and models
+OTHER_ROLES: Final = {  # names used by other tools and models
     **dict.fromkeys(("human", "customer"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "bard", "bing", "model", "ai"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
@@ -39,7 +39,7 @@ def _turn(turn: Any, where: str) -> Turn:
     turn = {key: value for key, value in turn.items() if value is not None or key in ("content", "value")}
     keys = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
     said = text_of(turn, keys[0], f"{where}.")
-    role = _OTHER_ROLES.get(said, said)
+    role = OTHER_ROLES.get(said, said)
     near = "" if role in _ROLES else did_you_mean(role.strip().lower(), _ROLES[:3])
     if near:  # other roles are left to the chat template
         raise DataError(f"{where}.{keys[0]} is {role!r}.{near}")

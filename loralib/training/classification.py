@@ -78,7 +78,7 @@ def prepare_classifier(model: nn.Module, config: TrainConfig, tokenizer: Any, da
             )
         settings.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     if is_tokens(data):
-        _require_metric(config, Labels(own))
+        _require_fitting(config, Labels(own))
         return data, valid
     kinds = how_to_read(config)
     sources = read_sources(data, **kinds, name="training data")
@@ -107,16 +107,18 @@ def _fitted(
         )
         labels = Labels.of(examples).fit_into(Labels(tuple(own)), name, way)
         labels.check(apart, "validation", " that the model does not have")
-    _require_metric(config, labels)
+    _require_fitting(config, labels)
     return labels
 
 
-def _require_metric(config: TrainConfig, labels: Labels) -> None:
+def _require_fitting(config: TrainConfig, labels: Labels) -> None:
     of_them = ("pearson",) if labels.are_numbers else ("accuracy", "f1", "macro_f1", "matthews")
     fitting = ["loss", *(name for name in of_them if name != "f1" or len(labels.names) == 2)]
     if config.best_metric not in fitting:
         what = "numbers" if labels.are_numbers else f"{len(labels.names)} labels"
         raise ConfigError(f"best_metric is {config.best_metric!r}, expected one of {', '.join(fitting)} for {what}")
+    if labels.are_numbers and config.label_smoothing:
+        raise ConfigError(f"label_smoothing is {config.label_smoothing:g}, but the labels are numbers: leave it out")
 
 
 class ClassificationStep:
@@ -156,6 +158,7 @@ class ClassificationStep:
             self.note = self._why_not_packed()
             self.packing = not self.note
         self._forward.has_layouts = self.packing
+        self._pads = self.packing or self._ignores_padding()
         self.share_prompts = share_prompts and self.packing
 
     def __enter__(self) -> ClassificationStep:
@@ -184,7 +187,7 @@ class ClassificationStep:
 
     def logits(self, batch: Sequence[TokenExample]) -> Tensor:
         """Returns the logits (B, C) of texts in fp32, without computing gradients."""
-        parts = by_length(batch) if not self.packing else [list(range(len(batch)))]
+        parts = self._parts(batch)
         with self._forward.computing("inference", gradient=False):
             rows = torch.cat([self._logits([batch[number] for number in part])[0] for part in parts])
         order = torch.tensor([number for part in parts for number in part], device=rows.device)
@@ -199,9 +202,13 @@ class ClassificationStep:
 
     def passes(self, batch: Sequence[TokenExample]) -> list[list[TokenExample]]:
         """Splits a batch into the parts that go through the model one after another: padded ones by length."""
-        if self.packing:
-            return [list(batch)]
-        return [[batch[number] for number in part] for part in by_length(batch)] or [list(batch)]
+        return [[batch[number] for number in part] for part in self._parts(batch)]
+
+    def _parts(self, batch: Sequence[TokenExample]) -> list[list[int]]:
+        """Returns the numbers of the texts that go through the model together."""
+        if self.packing or not batch:
+            return [list(range(len(batch)))]
+        return by_length(batch, least_used=_LEAST_USED if self._pads else 1.0, fewest=_FEWEST if self._pads else 1)
 
     def idle(self, *, backward: bool) -> None:
         """Does nothing: the weights of a classifier are never sharded."""
@@ -273,8 +280,17 @@ class ClassificationStep:
 
     def _packed(self, batch: Sequence[TokenExample], share: bool | None = None) -> Pack:
         # Appends a dummy token: packing does not compute the last token, which is normally only a target.
-        rows = [TokenExample((*text.ids, 0), (*[False] * len(text.ids), True)) for text in batch]
+        ids = [self._until_padding(text.ids) for text in batch]
+        rows = [TokenExample((*each, 0), (*[False] * len(each), True)) for each in ids]
         return pack(rows, share=self.share_prompts if share is None else share)
+
+    def _until_padding(self, ids: Sequence[int]) -> Sequence[int]:
+        """Returns a text without padding tokens at its end, before which the model's own forward ends it.
+
+        A tokenizer's end token may be its padding token.
+        """
+        end = max((number for number, each in enumerate(ids) if each != self._forward.pad), default=0)
+        return ids[: end + 1]
 
     def _padded(self, batch: Sequence[TokenExample]) -> _Padded:
         longest, pad = max(map(len, batch)), int(self._forward.pad or 0)
@@ -287,32 +303,62 @@ class ClassificationStep:
         ids, mask = tensor([text.ids for text in batch], pad), tensor([[1] * len(text) for text in batch], 0)
         return _Padded(ids, mask, tensor(kinds, 0) if all(kinds) else None)
 
+    def _ignores_padding(self) -> bool:
+        """Whether a text's logits stay the same beside a longer one; XLNet pads on the left, FNet has no mask."""
+        batch = self._random_texts()
+        with torch.no_grad(), evaluating(self._model.modules()), self._forward.computing("inference", gradient=False):
+            together = self._forward.classes(*self._padded(batch)).float()
+        single = self._one_by_one(batch)
+        return float((together - single).abs().max()) <= self._tolerance * float(single.abs().max())
+
     def _why_not_packed(self) -> str:
         """Packs three random texts; returns why the model cannot be packed, or "" if it can."""
-        rng, rows = random.Random(0), table_rows(self._model) or 8
-        ids = [number for number in range(rows) if number != self._forward.pad]
-        start = tuple(rng.choices(ids, k=5))
-        batch = [
-            TokenExample((*more, *rng.choices(ids, k=n)), (False,) * 9) for more, n in ((start, 4), (start, 7), ((), 6))
-        ]
-        name = type(self._model).__name__
+        batch, name = self._random_texts(), type(self._model).__name__
         self.share_prompts = True
         with torch.no_grad(), evaluating(self._model.modules()), self._forward.computing("inference", gradient=False):
             try:
                 packed = self._logits(batch)[0]
             except Exception as error:  # a model can fail in any way on packed rows; fall back to padding
                 return f"{name} fails on a packed row: {type(error).__name__}: {error}"
-            device = self._forward.device
-            single = [self._forward.classes(torch.tensor([text.ids], device=device))[0].float() for text in batch]
-        size = float(torch.stack(single).abs().max())
-        off = float((packed - torch.stack(single)).abs().max())
-        # Allows for rounding: a few units in the last place of the model's dtype, as from a different summation order.
-        tolerance = max(1e-4, 16 * torch.finfo(next(self._model.parameters()).dtype).eps)
-        return "" if off <= tolerance * size else f"in a packed row, the logits of {name} are off by {off:.2g}"
+        single = self._one_by_one(batch)
+        off = float((packed - single).abs().max())
+        return (
+            ""
+            if off <= self._tolerance * float(single.abs().max())
+            else f"in a packed row, the logits of {name} are off by {off:.2g}"
+        )
+
+    def _random_texts(self) -> list[TokenExample]:
+        """Returns three texts of different lengths, two of which start alike; T5 and BART need their end tokens."""
+        rng, rows = random.Random(0), table_rows(self._model) or 8
+        special = [self._forward.pad, getattr(text_config(self._model), "eos_token_id", None)]
+        ids = [number for number in range(rows) if number not in special]
+        end = (special[1],) if special[1] in range(rows) and special[1] != special[0] else ()
+        start = tuple(rng.choices(ids, k=5))
+        texts = [(*more, *rng.choices(ids, k=n), *end) for more, n in ((start, 4), (start, 7), ((), 6))]
+        return [TokenExample(text, (False,) * len(text)) for text in texts]
+
+    def _one_by_one(self, batch: Sequence[TokenExample]) -> Tensor:
+        """Returns the logits (B, C) of texts in fp32, of which each has a pass of its own."""
+        device = self._forward.device
+        with torch.no_grad(), evaluating(self._model.modules()), self._forward.computing("inference", gradient=False):
+            return torch.stack(
+                [self._forward.classes(torch.tensor([text.ids], device=device))[0].float() for text in batch]
+            )
+
+    @property
+    def _tolerance(self) -> float:
+        """Allows for rounding: a few units in the last place of the model's dtype, as from another summation order."""
+        return max(1e-4, 16 * torch.finfo(next(self._model.parameters()).dtype).eps)
 
 
-def by_length(batch: Sequence[Any]) -> list[list[int]]:
+def by_length(batch: Sequence[Any], least_used: float = _LEAST_USED, fewest: int = _FEWEST) -> list[list[int]]:
     """Splits texts into batches of similar length, to limit padding; returns their indices.
+
+    Args:
+        batch: the texts.
+        least_used: minimum share of text in a batch; 1: only texts of the same length share one.
+        fewest: minimum number of texts in a batch.
 
     >>> by_length(["a" * length for length in (9, 1, 8, 1, 9, 1, 9, 1)])
     [[1, 3, 5, 7], [0, 2, 4, 6]]
@@ -324,11 +370,11 @@ def by_length(batch: Sequence[Any]) -> list[list[int]]:
     while order:
         longest, size = len(batch[order[-1]]), len(order)
         start, used = size, 0
-        while start and used + len(batch[order[start - 1]]) >= _LEAST_USED * longest * (size - start + 1):
+        while start and used + len(batch[order[start - 1]]) >= least_used * longest * (size - start + 1):
             start -= 1
             used += len(batch[order[start]])
-        start = max(0, min(start, size - _FEWEST))
-        start = start if start >= _FEWEST else 0
+        start = max(0, min(start, size - fewest))
+        start = start if start >= fewest else 0
         parts.insert(0, sorted(order[start:]))
         del order[start:]
     return parts

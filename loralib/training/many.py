@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -35,7 +36,7 @@ from ..engine.placement import require_free
 from ..engine.rope import rope_limit
 from ..engine.row_linears import why_not_shared
 from ..errors import ConfigError, InterruptedRunError, LoraError, TrainingError, first_line, list_faults
-from ..files import hold_directory, remove_file
+from ..files import hold_directory, remove_file, write_whole
 from ..injection import adapted_layers, adapted_model
 from ..modes import keeping_modes
 from ..wrapping import is_spread
@@ -50,7 +51,8 @@ from .run_directory import RunDirectory, checkpoint_files, hold_run, updates_of
 from .shared_step import RunBatch, SharedStep
 from .start import EvaStarts
 from .step import Step, make_step
-from .sweep_record import Outcome, SweepResult, read_record_of, same_settings, sweep_table, write_record_of
+from .sweep_directory import BEST, PLOT_FILE, clear_for_sweep, runs_to_resume
+from .sweep_record import Outcome, SweepResult, differing_settings, sweep_table, write_record_of
 from .trainer import (
     ONE_RUN_AT_A_TIME,
     Gradient,
@@ -72,10 +74,11 @@ from .trainer import (
 
 __all__ = ["run_names", "train_all"]
 
-# Settings that must be the same for all runs of a sweep: those of data, model and how a pass is computed.
+# Settings that must be the same for all runs of a sweep: those of data and model, of how a pass is computed, and those
+# that change what the loss measures, by which the best run is chosen.
 SAME: Final = frozenset(
     "model train_data valid_data valid_fraction data_format columns as_chat chat_template output_dir max_train_samples "
-    "max_valid_samples seq_len task objective dtype quantize device hidden_dim num_layers packing share_prompts "
+    "max_valid_samples seq_len task objective beta dtype quantize device hidden_dim num_layers packing share_prompts "
     "label_smoothing shard compile gradient_checkpointing resume overwrite report_to".split()
 )
 _BYTES: Final = 28  # per trained number: itself, its start, gradient, Adam's two moments, and two casts with gradients
@@ -132,10 +135,20 @@ def _trains_the_base(config: TrainConfig) -> list[str]:
 def _shown(value: Any) -> str:
     if value is None:
         return "auto"
-    text = f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    text = _short(value) if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
     if isinstance(value, (list, tuple)):
         text = "+".join(map(str, value))
     return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "none"
+
+
+def _short(value: float) -> str:
+    """Returns a number as text, in all its digits only if it needs them.
+
+    >>> _short(1.0), _short(0.00012345678)
+    ('1', '0.00012345678')
+    """
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
 
 
 def train_all(
@@ -196,12 +209,12 @@ class _Sweep:
 
     def add(self, names: Sequence[str], configs: Sequence[TrainConfig], stack: ExitStack) -> None:
         """Opens the directory of each run; runs finished or dropped before the sweep was resumed are not repeated."""
-        known = read_record_of(self.path) if configs[0].resume else {}
-        if known and set(known) != set(names):
-            raise ConfigError(
-                f"{self.path} contains a sweep with different runs ({', '.join(sorted(known))}): resume it with its "
-                "own settings, or choose another --output_dir"
-            )
+        self._check(names, configs)
+        known = dict[str, dict[str, Any]]()
+        if configs[0].resume:
+            known = runs_to_resume(self.path, dict(zip(names, differing_settings(configs), strict=True)))
+        else:
+            clear_for_sweep(self.path, names, configs[0], self.reporter.say)
         for name, config in zip(names, configs, strict=True):
             config = config.replace(output_dir=str(self.path / name))
             run = _SweepRun(name, config, stack.enter_context(hold_run(config, ALONE)))
@@ -218,7 +231,6 @@ class _Sweep:
         for run in left:
             run.why_alone = _why_alone(run.config) or why_all
         together, apart = [run for run in left if not run.why_alone], [run for run in left if run.why_alone]
-        self._check(left)
         self._tell(together, apart)
         self.write()
         if together:
@@ -228,14 +240,14 @@ class _Sweep:
         remove_file(self._reference)
         return self._result()
 
-    def _check(self, runs: Sequence[_SweepRun]) -> None:
+    def _check(self, names: Sequence[str], configs: Sequence[TrainConfig]) -> None:
         """Refuses settings that do not fit the model, before any run has trained."""
         faults = []
-        for run in runs:
+        for name, config in zip(names, configs, strict=True):
             try:
-                check_fit(self.model, run.config)
+                check_fit(self.model, config)
             except LoraError as error:
-                faults.append(f"{run.name}: {error}")
+                faults.append(f"{name}: {error}")
         if faults:
             raise ConfigError(list_faults("these runs cannot be trained", faults, "Leave their values out."))
 
@@ -247,11 +259,10 @@ class _Sweep:
 
     def write(self) -> list[Outcome]:
         """Writes the current outcome of each run to disk, and returns the outcomes."""
-        same, outcomes = same_settings([each.config for each in self.runs]), list[Outcome]()
-        for run in self.runs:
-            settings = {name: value for name, value in run.config.to_dict().items() if name not in same}
-            outcome = Outcome.of(run.name, settings, run.directory.path, run.result, run.dropped, run.last_loss)
-            outcomes.append(outcome)
+        outcomes = [
+            Outcome.of(run.name, settings, run.directory.path, run.result, run.dropped, run.last_loss)
+            for run, settings in zip(self.runs, differing_settings([each.config for each in self.runs]), strict=True)
+        ]
         write_record_of(self.path, outcomes)
         return outcomes
 
@@ -262,7 +273,9 @@ class _Sweep:
         run.directory.reference = self._reference
         frozen = {name: p.requires_grad for name, p in self.model.named_parameters()}
         try:
-            run.result = run_in(run.directory, twin, data, run.config, tokenizer, valid_data, silent, ALONE)
+            run.result = run_in(
+                run.directory, twin, data, run.config, tokenizer, valid_data, silent, ALONE, self._planned
+            )
         except InterruptedRunError:
             raise
         except TrainingError as error:
@@ -366,11 +379,11 @@ class _Sweep:
         best = ranked[0] if ranked else None
         unit = PREFERENCE_STEPS.get(self.runs[0].config.objective, Step).unit
         try:
-            plot_runs([(each.name, each.path / "metrics.jsonl") for each in outcomes], self.path / "sweep.png", unit)
+            plot_runs([(each.name, each.path / "metrics.jsonl") for each in outcomes], self.path / PLOT_FILE, unit)
         except Exception as error:  # a failed plot of any kind must not abort the sweep
             self.reporter.say(f"WARNING: {self.path / 'sweep.png'} could not be drawn: {first_line(error)}")
         if best is not None:
-            _copy_adapter(best.adapter, self.path / "best")
+            _copy_adapter(best.adapter, self.path / BEST)
         result = SweepResult(self.path, outcomes, best)
         self.reporter.say()
         self.reporter.say(sweep_table(result))
@@ -384,12 +397,11 @@ class _Sweep:
 
 def _copy_adapter(source: Path, target: Path) -> None:
     """Copies an adapter with its files; the config comes last, because it marks a complete adapter."""
-    target.mkdir(exist_ok=True)
     files = [each for each in source.iterdir() if each.is_file() and not each.name.startswith(".")]
     leave = {"metrics.jsonl", "loss.png", "README.md", "run.toml", "pytorch_model.bin"}
     for file in sorted(files, key=lambda each: each.name == "adapter_config.json"):
         if file.name not in leave:
-            shutil.copyfile(file, target / file.name)
+            write_whole(target / file.name, partial(shutil.copyfile, file))
 
 
 def twin_of(model: nn.Module) -> nn.Module:

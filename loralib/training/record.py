@@ -28,6 +28,7 @@ from .config import TrainConfig
 __all__ = [
     "RECORD",
     "RUN_FILE",
+    "SWEEP_FILE",
     "data_record",
     "hash_examples",
     "read_record",
@@ -39,7 +40,7 @@ __all__ = [
     "write_settings",
 ]
 
-RUN_FILE = "run.toml"
+RUN_FILE, SWEEP_FILE = "run.toml", "sweep.json"
 RECORD = "record"  # the table for everything that is not a setting
 _NOT_SETTINGS = frozenset(("resume", "overwrite"))  # how a run was started does not affect its results
 _HEADING = """\

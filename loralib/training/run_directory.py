@@ -30,7 +30,7 @@ from ..formats.tensors import read_safetensors, write_safetensors
 from ..wrapping import is_spread
 from .config import AUTOMATIC, TrainConfig
 from .ranks import Ranks
-from .record import RUN_FILE, hash_examples, read_record
+from .record import RUN_FILE, SWEEP_FILE, hash_examples, read_record
 from .report import Learned, is_our_card, plot_losses, write_card
 
 __all__ = [
@@ -41,8 +41,12 @@ __all__ = [
     "hash_tensors",
     "hold_run",
     "last_checkpoint",
+    "move_file",
+    "remove_if_empty",
+    "remove_temporary",
     "run_settings",
     "save_checkpoint",
+    "unused_directory",
     "updates_of",
 ]
 
@@ -56,7 +60,7 @@ _TEMPORARY = tuple(
     f".{name}"
     for name in (
         *("step-", "ranks-", "adapter_config.json.", "adapter_model.", "pytorch_model.bin.", "loss.png.", "README.md."),
-        "run.toml.",
+        *("run.toml.", "sweep.", *(f"{name}." for name in TOKENIZER_FILES)),
     )
 )
 # What a run leaves, and a later run in the same directory moves aside; the config comes last: it marks an adapter.
@@ -483,18 +487,19 @@ class RunDirectory:
         self.unit, self.shown = "token", tuple[str, ...]()
         self._then: Mapping[str, Any] | None = None
         for folder in (self.path, self.checkpoints, self.best) if tidy else ():
-            for file in folder.glob(".*.tmp"):
-                if file.name.startswith(_TEMPORARY):
-                    remove_file(file)
+            remove_temporary(folder)
 
     def look(self) -> Mapping[str, Any]:
         """Checks existing files before anything is loaded; returns the settings of the run to resume, if any.
 
         Raises:
             TrainingError: an unfinished run would be lost.
+            ConfigError: the directory is that of a sweep.
             FormatError: no checkpoint can be read.
         """
         if self._then is None:
+            if (self.path / SWEEP_FILE).exists():
+                raise ConfigError(f"{self.path} contains a sweep: choose another --output_dir for a single run")
             discards = self.config.overwrite and not self.config.resume
             last = None if discards else last_checkpoint(self.checkpoints)
             if last is not None and not last[0].progress.finished and not self.config.resume:
@@ -552,21 +557,29 @@ class RunDirectory:
         """Moves what an earlier run left into a directory of its own; the user's other files stay."""
         if not (self.path / "adapter_config.json").exists():
             return None  # the run produced no adapter
-        number = 1
-        while (aside := self.path / f"previous-{number}").exists():
-            number += 1
-        for source in self._left():
-            target = aside / source.relative_to(self.path)
-            with write_errors(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                source.rename(target)
-        for folder in (self.best, self.checkpoints):
-            _remove_if_empty(folder)
+        aside = unused_directory(self.path)
+        self.move(aside)
         return aside
+
+    def move(self, target: Path) -> None:
+        """Moves what an earlier run left into another directory; the user's other files stay."""
+        for source in self._left():
+            move_file(source, target / source.relative_to(self.path))
+        self._remove_empty_folders()
+
+    def discard(self) -> None:
+        """Removes what an earlier run left; the user's other files stay."""
+        for path in self._left():
+            remove_file(path)
+        self._remove_empty_folders()
+
+    def _remove_empty_folders(self) -> None:
+        for folder in (self.best, self.checkpoints):
+            remove_if_empty(folder)
 
     def _left(self) -> list[Path]:
         """Returns an earlier run's files, without a README.md of the user's or the tokenizer of a model stored here."""
-        paths = checkpoint_files(self.checkpoints) + [self.best / name for name in _ADAPTER]
+        paths = [*self._own_reference, *checkpoint_files(self.checkpoints), *(self.best / name for name in _ADAPTER)]
         paths += [self.path / name for name in _LEFT]
         is_model, card = (self.path / "config.json").exists(), self.path / "README.md"
         foreign = {card} if card.exists() and not is_our_card(card) else set()
@@ -579,7 +592,7 @@ class RunDirectory:
         files = checkpoint_files(self.checkpoints)
         for path in [*files[: len(files) - keep], *self._own_reference[: not keep]]:
             remove_file(path)
-        _remove_if_empty(self.checkpoints)
+        remove_if_empty(self.checkpoints)
 
     def save(self, state: Checkpoint) -> None:
         """Writes a checkpoint and removes all but the last few."""
@@ -606,7 +619,7 @@ class RunDirectory:
             remove_file(path)
         for path in self._own_reference:
             remove_file(path)
-        _remove_if_empty(self.checkpoints)
+        remove_if_empty(self.checkpoints)
 
     def save_adapter(self, model: nn.Module, directory: Path, ranks: Ranks) -> None:
         """Saves the adapter, on rank 0; if the base is sharded, all ranks help to compute its fingerprint."""
@@ -649,7 +662,7 @@ class RunDirectory:
         if not progress.valid_losses:  # then `best` stems from an earlier run
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 remove_file(self.best / name)
-            _remove_if_empty(self.best)
+            remove_if_empty(self.best)
         write_card(self.path, learned, self.config, progress, data)
 
     def divergence(self, fault: str, progress: Progress) -> TrainingError:
@@ -685,6 +698,28 @@ class RunDirectory:
         return f"The checkpoint from update {last[0].progress.step} is intact ({last[1]})."
 
 
+def remove_temporary(directory: Path) -> None:
+    """Removes temporary files that a killed run left in a directory."""
+    for file in directory.glob(".*.tmp"):
+        if file.name.startswith(_TEMPORARY):
+            remove_file(file)
+
+
+def unused_directory(path: Path) -> Path:
+    """Returns the first of previous-1, previous-2, ... that does not exist in a directory."""
+    number = 1
+    while (aside := path / f"previous-{number}").exists():
+        number += 1
+    return aside
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Moves a file or directory, and creates the directory that it moves to."""
+    with write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+
+
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(settings)))  # tuples become lists, as in checkpoints and TOML
 
@@ -710,6 +745,7 @@ def _hash_frozen(model: nn.Module) -> str:
     return f"{' and '.join(sorted(dtypes))} {digest.hexdigest()[:16]}"
 
 
-def _remove_if_empty(directory: Path) -> None:
-    with suppress(OSError):  # it does not exist, or holds the user's files
+def remove_if_empty(directory: Path) -> None:
+    """Removes a directory, unless it does not exist or holds the user's files."""
+    with suppress(OSError):
         directory.rmdir()

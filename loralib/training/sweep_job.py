@@ -20,8 +20,8 @@ __all__ = ["SWEPT", "configs_of", "run_sweep"]
 # Settings that may be lists: single-valued ones that may differ between runs on the same base and data.
 SWEPT: Final = frozenset(
     "seed rank lora_alpha lora_dropout target_modules use_rslora use_dora init_lora_weights eva_rho lora_bias "
-    "beta num_epochs max_steps batch_size grad_accum lr loraplus_lr_ratio schedule warmup_steps weight_decay beta1 "
-    "beta2 adam_eps correct_bias max_grad_norm arithmetic max_siblings".split()
+    "num_epochs max_steps batch_size grad_accum lr loraplus_lr_ratio schedule warmup_steps weight_decay beta1 beta2 "
+    "adam_eps correct_bias max_grad_norm arithmetic max_siblings".split()
 )
 
 

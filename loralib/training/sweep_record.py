@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 from ..console import table
 from ..files import write_json
 from .config import TrainConfig
+from .record import SWEEP_FILE
 
 if TYPE_CHECKING:
     from .trainer import TrainResult
 
-__all__ = ["Outcome", "SweepResult", "read_record_of", "same_settings", "sweep_table", "write_record_of"]
-
-_FILE = "sweep.json"
+__all__ = ["Outcome", "SweepResult", "differing_settings", "read_record_of", "sweep_table", "write_record_of"]
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,17 @@ class SweepResult:
     best: Outcome | None
 
 
-def same_settings(configs: Sequence[TrainConfig]) -> set[str]:
-    """Returns the names of the settings that are the same in all runs, and "output_dir", which differs by design."""
+def differing_settings(configs: Sequence[TrainConfig]) -> list[dict[str, Any]]:
+    """Returns of each run the settings that are not the same in all runs, without "output_dir", which never is."""
     values = [config.to_dict() for config in configs]
-    return {name for name in values[0] if all(each[name] == values[0][name] for each in values)} | {"output_dir"}
+    names = [name for name in values[0] if name != "output_dir" and any(v[name] != values[0][name] for v in values)]
+    return [{name: each[name] for name in names} for each in values]
 
 
 def write_record_of(directory: Path, outcomes: Sequence[Outcome]) -> None:
     """Writes sweep.json."""
     write_json(
-        directory / _FILE,
+        directory / SWEEP_FILE,
         {
             "runs": [
                 {
@@ -111,7 +111,7 @@ def write_record_of(directory: Path, outcomes: Sequence[Outcome]) -> None:
 def read_record_of(directory: Path) -> dict[str, dict[str, Any]]:
     """Returns the entries of sweep.json by run name; empty if there is no readable one."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        runs = json.loads((directory / _FILE).read_text(encoding="utf-8"))["runs"]
+        runs = json.loads((directory / SWEEP_FILE).read_text(encoding="utf-8"))["runs"]
         return {each["name"]: each for each in runs}
     return {}
 

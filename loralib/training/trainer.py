@@ -148,13 +148,14 @@ def run_in(
     valid_data: Data | None,
     reporter: Reporter,
     ranks: Ranks,
+    plan_by: Callable[..., Plan] = make_plan,
 ) -> TrainResult:
-    """Trains an adapter in a directory that is locked for it (see `hold_run`)."""
+    """Trains an adapter in a directory that is locked for it (see `hold_run`); `plan_by` is called as `make_plan`."""
     refuse_process_groups(model, "which train() does not support: it trains in one process. Pass the model inside it")
     model = adapted_model(model)
     if not all(layer.enabled for _, layer in adapted_layers(model)):
         raise TargetError("the adapter is disabled, so it would learn nothing; train after the `with disabled()` block")
-    plan = plan_for(directory, model, data, config, tokenizer, valid_data, reporter, ranks)
+    plan = plan_for(directory, model, data, config, tokenizer, valid_data, reporter, ranks, plan_by)
     given, config = config, plan.config
     with ONE_RUN_AT_A_TIME, stop_on_signal() as stop:
         require_free(model, "training")
