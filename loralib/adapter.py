@@ -42,7 +42,7 @@ from .injection import (
 )
 from .layers import LoRAFoldedConv, LoRALayer, LoRALinear
 from .targets import fully_trained_tensors, match_modules
-from .wrapping import gathered, is_spread, named_parameters, plain_name, refuse_process_groups, unwrapped
+from .wrapping import gathered, is_spread, named_modules, named_parameters, plain_name, refuse_process_groups, unwrapped
 
 __all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "compare_base", "expand_blocks", "narrow_blocks"]
 
@@ -269,6 +269,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
         with _named_errors(name):
             layer.check_stored()
     by_hand = bool(layers) and record is None
+    _refuse_other_names(model, adapter)
     expected, in_full = _expected(model, adapter, layers if by_hand else ())
     carried, ignored = _check_tensors(model, adapter, expected, allow_base_mismatch)
     carried = _under_tied_names(model, carried, expected)
@@ -293,6 +294,7 @@ def check_fit(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool =
         TargetError: the adapter's target_modules do not fit the model.
     """
     adapter = _as_trained(adapter)
+    _refuse_other_names(model, adapter)
     expected, _ = _expected(model, adapter)
     carried, _ = _check_tensors(model, adapter, expected, allow_base_mismatch)
     if carried:
@@ -309,6 +311,43 @@ def _as_trained(adapter: Adapter) -> Adapter:
     if adapter.config.changes_base:
         return adapter
     return replace(adapter, config=adapter.config.replace(init_lora_weights=True))
+
+
+def _refuse_other_names(model: nn.Module, adapter: Adapter) -> None:
+    """Refuses an adapter of which the model has no module at all: settings do not help there.
+
+    Raises:
+        AdapterError: says how the names differ, if only by where they begin.
+    """
+    theirs = adapter.modules
+    ours = {*named_modules(model), *(named_parameters(model) if adapter.expert_weights else ())}
+    if not ours.isdisjoint(theirs):
+        return
+    named = adapter.config.base_model_name_or_path
+    fix = f"Load it into the base model it was trained on{f' ({named})' if named else ''}."
+    for start in _starts(theirs[0], theirs):
+        if ours.issuperset(name.removeprefix(start) for name in theirs):
+            fix = (
+                f"Its names begin with {start!r}: load it into the model that holds this one as {start[:-1]!r}, or "
+                "drop that from the names in the file."
+            )
+    for start in (name.removesuffix(theirs[0]) for name in ours if name.endswith(f".{theirs[0]}")):
+        if ours.issuperset(f"{start}{name}" for name in theirs):
+            fix = f"Here these begin with {start!r}: load it into model.get_submodule({start[:-1]!r})."
+    some = ", ".join(theirs[:3]) + ", ..." * (len(theirs) > 3)
+    raise AdapterError(
+        f"the adapter does not fit {type(model).__name__}, which has none of the modules that it adapts ({some}). {fix}"
+    )
+
+
+def _starts(name: str, names: Sequence[str]) -> list[str]:
+    """Returns the beginnings of a dotted name, up to a dot, that all names have.
+
+    >>> _starts("net.model.q", ["net.model.q", "net.head"])
+    ['net.']
+    """
+    starts = [name[: place + 1] for place, letter in enumerate(name) if letter == "."]
+    return [start for start in starts if all(other.startswith(start) for other in names)]
 
 
 def _expected(

@@ -100,7 +100,11 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
         fault = "does not exist" if not directory.exists() else f"contains no adapter: {' and '.join(missing)} missing"
         if (directory / _DIFFUSERS).is_file():
             fault = f"contains an adapter in diffusers' format, for images ({_DIFFUSERS}), which loralib does not read"
-        raise AdapterError(f"{directory} {fault}. Give the directory that training or save_adapter() wrote.")
+        # PEFT writes adapters that have names into folders of these names.
+        below = sorted(str(path.parent) for path in directory.glob(f"*/{CONFIG_FILE}"))
+        fix = "Give the directory that training or save_adapter() wrote"
+        fix += f"; in it there are adapters in {', '.join(below[:4])}." if below else "."
+        raise AdapterError(f"{directory} {fault}. {fix}")
     settings = read_bytes(directory / CONFIG_FILE, parse_json, max_size=MAX_SETTINGS)
     if not isinstance(settings, dict):
         raise FormatError(
