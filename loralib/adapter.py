@@ -33,6 +33,7 @@ from .injection import (
     inject_targets,
     injection_of,
     quantization_of,
+    refuse_in_use,
     refuse_peft,
     remove,
     table_rows,
@@ -44,7 +45,16 @@ from .layers import LoRAFoldedConv, LoRALayer, LoRALinear
 from .targets import fully_trained_tensors, match_modules
 from .wrapping import gathered, is_spread, named_modules, named_parameters, plain_name, refuse_process_groups, unwrapped
 
-__all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "compare_base", "expand_blocks", "narrow_blocks"]
+__all__ = [
+    "Adapter",
+    "ApplyReport",
+    "adapter_of",
+    "apply_adapter",
+    "check_savable",
+    "compare_base",
+    "expand_blocks",
+    "narrow_blocks",
+]
 
 LABELS = "loralib.labels"  # metadata: a classifier's labels as a JSON list; an empty list: it predicts a number
 BASE = "loralib.base"  # metadata: fingerprint of the base model
@@ -174,19 +184,43 @@ def adapter_of(model: nn.Module) -> Adapter:
         return _taken(model, layers)
 
 
-def _taken(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Adapter:
+def check_savable(model: nn.Module) -> None:
+    """Checks that `adapter_of` could copy all that a model trains, which is good to know before training.
+
+    Args:
+        model: without wrappers; may hold an adapter.
+
+    Raises:
+        TargetError: it holds an adapter of PEFT.
+        AdapterError: something that trains cannot be stored in an adapter.
+    """
+    refuse_peft(model)
+    if layers := adapted_layers(model):
+        _trained_in_full(model, layers)
+
+
+def _trained_in_full(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Returns a model's settings, and what it stores besides the layers' own tensors, if all of it can be stored."""
     record = injection_of(model)
-    tensors = dict[str, Tensor]()
     for name, layer in layers:
         with _named_errors(name):
             layer.check_stored()
-            tensors |= {f"{name}.{key}": tensor for key, tensor in layer.to_adapter().items()}
     config = record.config if record is not None else _config_of(model, layers)
-    config = config.with_start() if config.changes_base else config
     in_full = fully_trained_tensors(model, config, layers)
     if record is not None:
         in_full |= {name: tensor_at(model, name) for name in record.carried}
         _refuse_unsaved(model, layers, in_full)
+    return config, in_full
+
+
+def _taken(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Adapter:
+    record = injection_of(model)
+    config, in_full = _trained_in_full(model, layers)
+    config = config.with_start() if config.changes_base else config
+    tensors = dict[str, Tensor]()
+    for name, layer in layers:
+        with _named_errors(name):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in layer.to_adapter().items()}
     # A model built by hand keeps no originals of the tensors it trains: nothing tells which base it started from.
     known_base = record is not None or not in_full
     return Adapter(
@@ -252,11 +286,13 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     Raises:
         AdapterError: tensors are missing, unexpected, of the wrong shape or not finite; all are listed.
         BaseMismatchError: the adapter was trained on another base model.
+        BusyModelError: the model is generating or being trained.
         TargetError: the adapter's target_modules do not fit the model.
     """
     adapter = _as_trained(adapter)
     wrapped, model = model, adapted_model(model)
     refuse_peft(model)
+    refuse_in_use(model)
     layers = adapted_layers(model)
     record = injection_of(model)
     if not layers or (record is not None and record.config != adapter.config):
@@ -361,7 +397,7 @@ def _expected(
     if by_hand:
         expected = _shapes_of(by_hand, adapter)
     else:
-        targets = match_modules(model, adapter.config, trained=True, changes=False)
+        targets = match_modules(model, adapter.config, trained=True)
         adapted = [(target.name, target.module) for target in targets]
         expected = {key: shape for target in targets for key, shape in target.shapes().items()}
     in_full = fully_trained_tensors(model, adapter.config, adapted)
