@@ -96,7 +96,7 @@ class Adapter:
 
     @property
     def target_parameters(self) -> tuple[str, ...]:
-        """The parameters to name in target_parameters: expert weights, and router weights that the settings name."""
+        """The parameters to name in target_parameters: expert weights, and other weights that the settings name."""
         chosen = self.config.target_parameters
         names = (name if self.holds_experts(name) else f"{name}.weight" for name in self.modules)
         return tuple(name for name in names if self.holds_experts(name) or matches(chosen, name))

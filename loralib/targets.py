@@ -124,7 +124,10 @@ def match_modules(model: nn.Module, config: LoraConfig, *, trained: bool = False
         named += [f"{target.name}.{weight.name}" for target in targets for weight in target.weights]
         faults += _unused_entry_faults(model, modules, matched, named, config)
     unfit = list[str]()
+    named_already = {target.name for target in targets}
     for name, pattern in matched.items():
+        if name in named_already:  # by target_parameters
+            continue
         try:
             if not trained and _is_dt_proj(name, modules):
                 raise TargetError(f"{_READS_DT_PROJ}; leave it out")
@@ -475,7 +478,7 @@ def _experts(
 ) -> list[TargetModule]:
     """Returns the expert modules whose weights are adapted; appends what is impossible to `faults`."""
     holders = {name: module for name, module in modules.items() if holds_experts(name, module)}
-    chosen, routers = _named_parameters_of(model, holders, config, trained, faults)
+    chosen, matrices = _named_parameters_of(model, holders, config, trained, faults)
     unknown = dict[str, str]()
     if config.target_modules is not None and ALL_LINEAR in _several(config.target_modules):
         for name, module in holders.items():
@@ -489,11 +492,13 @@ def _experts(
     if unknown:
         faults.append(_missed_experts(model, unknown))
     targets = []
-    for name, entry in routers.items():
+    for name, entry in matrices.items():
         try:
             if config.lora_dropout and not trained:
                 raise TargetError(f"lora_dropout {config.lora_dropout} cannot act inside a router; set it to 0")
-            targets.append(_target(name, entry, mixin_for(LoRARouter, config), modules, config))
+            linear = isinstance(modules[name], nn.Linear)
+            mixin = _mixin_for(name, modules, config) if linear else mixin_for(LoRARouter, config)
+            targets.append(_target(name, entry, mixin, modules, config))
         except TargetError as error:
             faults.append(f"{name}: {error}")
     for name, leaves in chosen.items():
@@ -547,11 +552,11 @@ def _named_parameters_of(
     trained: bool,
     faults: list[str],
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Returns which weights of which experts, and which routers, target_parameters names, each with its entry.
+    """Returns which weights of which experts, and which routers and linears, target_parameters names, with its entry.
 
     Appends to `faults`.
     """
-    chosen, routers, used = dict[str, dict[str, str]](), dict[str, str](), set[str]()
+    chosen, matrices, used = dict[str, dict[str, str]](), dict[str, str](), set[str]()
     modules = named_modules(model) if config.target_parameters else {}
     for name in named_parameters(model):
         entry = matches(config.target_parameters, name)
@@ -559,8 +564,9 @@ def _named_parameters_of(
             continue
         used.add(entry)
         path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and _is_router(modules[path]):
-            routers[path] = entry
+        # PEFT takes any matrix for a parameter; to train one, there is target_modules.
+        if leaf == "weight" and (_is_router(modules[path]) or (trained and isinstance(modules[path], nn.Linear))):
+            matrices[path] = entry
             continue
         try:
             if config.saved_part(name):
@@ -577,9 +583,9 @@ def _named_parameters_of(
             continue
         chosen.setdefault(path, {})[leaf] = entry
     unused = [entry for entry in config.target_parameters or () if entry not in used]
-    if unused and not (trained and (chosen or routers)):
+    if unused and not trained:
         faults.append(f"target_parameters {unused} match nothing.{_experts_suggestion(holders)}")
-    return chosen, routers
+    return chosen, matrices
 
 
 def _is_router(module: nn.Module) -> bool:
