@@ -33,6 +33,7 @@ from .injection import (
     inject_targets,
     injection_of,
     quantization_of,
+    refuse_in_use,
     refuse_peft,
     remove,
     table_rows,
@@ -42,9 +43,18 @@ from .injection import (
 )
 from .layers import LoRAFoldedConv, LoRALayer, LoRALinear
 from .targets import fully_trained_tensors, match_modules
-from .wrapping import gathered, is_spread, named_parameters, plain_name, refuse_process_groups, unwrapped
+from .wrapping import gathered, is_spread, named_modules, named_parameters, plain_name, refuse_process_groups, unwrapped
 
-__all__ = ["Adapter", "ApplyReport", "adapter_of", "apply_adapter", "compare_base", "expand_blocks", "narrow_blocks"]
+__all__ = [
+    "Adapter",
+    "ApplyReport",
+    "adapter_of",
+    "apply_adapter",
+    "check_savable",
+    "compare_base",
+    "expand_blocks",
+    "narrow_blocks",
+]
 
 LABELS = "loralib.labels"  # metadata: a classifier's labels as a JSON list; an empty list: it predicts a number
 BASE = "loralib.base"  # metadata: fingerprint of the base model
@@ -86,7 +96,7 @@ class Adapter:
 
     @property
     def target_parameters(self) -> tuple[str, ...]:
-        """The parameters to name in target_parameters: expert weights, and router weights that the settings name."""
+        """The parameters to name in target_parameters: expert weights, and other weights that the settings name."""
         chosen = self.config.target_parameters
         names = (name if self.holds_experts(name) else f"{name}.weight" for name in self.modules)
         return tuple(name for name in names if self.holds_experts(name) or matches(chosen, name))
@@ -174,19 +184,43 @@ def adapter_of(model: nn.Module) -> Adapter:
         return _taken(model, layers)
 
 
-def _taken(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Adapter:
+def check_savable(model: nn.Module) -> None:
+    """Checks that `adapter_of` could copy all that a model trains, which is good to know before training.
+
+    Args:
+        model: without wrappers; may hold an adapter.
+
+    Raises:
+        TargetError: it holds an adapter of PEFT.
+        AdapterError: something that trains cannot be stored in an adapter.
+    """
+    refuse_peft(model)
+    if layers := adapted_layers(model):
+        _trained_in_full(model, layers)
+
+
+def _trained_in_full(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Returns a model's settings, and what it stores besides the layers' own tensors, if all of it can be stored."""
     record = injection_of(model)
-    tensors = dict[str, Tensor]()
     for name, layer in layers:
         with _named_errors(name):
             layer.check_stored()
-            tensors |= {f"{name}.{key}": tensor for key, tensor in layer.to_adapter().items()}
     config = record.config if record is not None else _config_of(model, layers)
-    config = config.with_start() if config.changes_base else config
     in_full = fully_trained_tensors(model, config, layers)
     if record is not None:
         in_full |= {name: tensor_at(model, name) for name in record.carried}
         _refuse_unsaved(model, layers, in_full)
+    return config, in_full
+
+
+def _taken(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Adapter:
+    record = injection_of(model)
+    config, in_full = _trained_in_full(model, layers)
+    config = config.with_start() if config.changes_base else config
+    tensors = dict[str, Tensor]()
+    for name, layer in layers:
+        with _named_errors(name):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in layer.to_adapter().items()}
     # A model built by hand keeps no originals of the tensors it trains: nothing tells which base it started from.
     known_base = record is not None or not in_full
     return Adapter(
@@ -252,11 +286,13 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
     Raises:
         AdapterError: tensors are missing, unexpected, of the wrong shape or not finite; all are listed.
         BaseMismatchError: the adapter was trained on another base model.
+        BusyModelError: the model is generating or being trained.
         TargetError: the adapter's target_modules do not fit the model.
     """
     adapter = _as_trained(adapter)
     wrapped, model = model, adapted_model(model)
     refuse_peft(model)
+    refuse_in_use(model)
     layers = adapted_layers(model)
     record = injection_of(model)
     if not layers or (record is not None and record.config != adapter.config):
@@ -269,6 +305,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bo
         with _named_errors(name):
             layer.check_stored()
     by_hand = bool(layers) and record is None
+    _refuse_other_names(model, adapter)
     expected, in_full = _expected(model, adapter, layers if by_hand else ())
     carried, ignored = _check_tensors(model, adapter, expected, allow_base_mismatch)
     carried = _under_tied_names(model, carried, expected)
@@ -293,6 +330,7 @@ def check_fit(model: nn.Module, adapter: Adapter, *, allow_base_mismatch: bool =
         TargetError: the adapter's target_modules do not fit the model.
     """
     adapter = _as_trained(adapter)
+    _refuse_other_names(model, adapter)
     expected, _ = _expected(model, adapter)
     carried, _ = _check_tensors(model, adapter, expected, allow_base_mismatch)
     if carried:
@@ -311,6 +349,43 @@ def _as_trained(adapter: Adapter) -> Adapter:
     return replace(adapter, config=adapter.config.replace(init_lora_weights=True))
 
 
+def _refuse_other_names(model: nn.Module, adapter: Adapter) -> None:
+    """Refuses an adapter of which the model has no module at all: settings do not help there.
+
+    Raises:
+        AdapterError: says how the names differ, if only by where they begin.
+    """
+    theirs = adapter.modules
+    ours = {*named_modules(model), *(named_parameters(model) if adapter.expert_weights else ())}
+    if not ours.isdisjoint(theirs):
+        return
+    named = adapter.config.base_model_name_or_path
+    fix = f"Load it into the base model it was trained on{f' ({named})' if named else ''}."
+    for start in _starts(theirs[0], theirs):
+        if ours.issuperset(name.removeprefix(start) for name in theirs):
+            fix = (
+                f"Its names begin with {start!r}: load it into the model that holds this one as {start[:-1]!r}, or "
+                "drop that from the names in the file."
+            )
+    for start in (name.removesuffix(theirs[0]) for name in ours if name.endswith(f".{theirs[0]}")):
+        if ours.issuperset(f"{start}{name}" for name in theirs):
+            fix = f"Here these begin with {start!r}: load it into model.get_submodule({start[:-1]!r})."
+    some = ", ".join(theirs[:3]) + ", ..." * (len(theirs) > 3)
+    raise AdapterError(
+        f"the adapter does not fit {type(model).__name__}, which has none of the modules that it adapts ({some}). {fix}"
+    )
+
+
+def _starts(name: str, names: Sequence[str]) -> list[str]:
+    """Returns the beginnings of a dotted name, up to a dot, that all names have.
+
+    >>> _starts("net.model.q", ["net.model.q", "net.head"])
+    ['net.']
+    """
+    starts = [name[: place + 1] for place, letter in enumerate(name) if letter == "."]
+    return [start for start in starts if all(other.startswith(start) for other in names)]
+
+
 def _expected(
     model: nn.Module, adapter: Adapter, by_hand: Sequence[tuple[str, LoRALayer]] = ()
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
@@ -322,7 +397,7 @@ def _expected(
     if by_hand:
         expected = _shapes_of(by_hand, adapter)
     else:
-        targets = match_modules(model, adapter.config, trained=True, changes=False)
+        targets = match_modules(model, adapter.config, trained=True)
         adapted = [(target.name, target.module) for target in targets]
         expected = {key: shape for target in targets for key, shape in target.shapes().items()}
     in_full = fully_trained_tensors(model, adapter.config, adapted)

@@ -122,7 +122,7 @@ class InterruptedRunError(TrainingError):
 
 
 class BusyModelError(LoraError, RuntimeError):
-    """A model is currently in use for something else: it cannot generate while it is being trained."""
+    """A model is in use: it cannot generate while it is being trained, nor change its adapter while it does either."""
 
 
 class BusyServerError(LoraError, RuntimeError):

@@ -23,12 +23,13 @@ from .blocks import mixed_blocks
 from .config import LoraConfig, with_ranks
 from .console import counted, size
 from .delta import dense
-from .errors import ConfigError, MergeError, TargetError, list_faults
+from .errors import BusyModelError, ConfigError, MergeError, TargetError, list_faults
 from .layers import LoRALayer, LoRALinear, LoRAMultiheadAttention, adapted_class
 from .targets import (
     HEADS,
     TargetModule,
     fully_trained_tensors,
+    is_in_use,
     is_own_forward,
     left_out,
     match_modules,
@@ -63,6 +64,7 @@ __all__ = [
     "injection_of",
     "merge",
     "quantization_of",
+    "refuse_in_use",
     "refuse_peft",
     "remove",
     "samples_of",
@@ -163,6 +165,7 @@ def inject(
         What was matched, and the parameter counts; ``print`` it.
 
     Raises:
+        BusyModelError: the model is generating or being trained.
         TargetError: a pattern matches nothing, a module cannot be adapted, or the model already holds an adapter.
         ConfigError: PEFT's config uses features that are not trained here; or batches are missing or unusable.
 
@@ -176,6 +179,7 @@ def inject(
     refuse_process_groups(model, WRAP_LATER)
     model = unwrapped(model)
     refuse_peft(model)
+    refuse_in_use(model)
     if injection_of(model) is not None:
         raise TargetError(
             f"{type(model).__name__} already holds an adapter; call remove(model) first, or let load_adapter() "
@@ -270,6 +274,20 @@ def refuse_peft(model: nn.Module) -> None:
         )
 
 
+def refuse_in_use(model: nn.Module) -> None:
+    """Refuses to change a model that another thread, or a Generator that is not finished, computes with.
+
+    Raises:
+        BusyModelError: the model is in use; the texts that it is generating would come from two adapters.
+    """
+    if any(map(is_in_use, named_modules(model).values())):
+        raise BusyModelError(
+            f"this {type(model).__name__} is generating, being evaluated or being trained, and its adapter cannot be "
+            "changed meanwhile. Wait for that to end (close or finish a Generator), or use a copy of the model; a "
+            "loralib.Bank generates with many adapters at once."
+        )
+
+
 def inject_targets(
     model: nn.Module, config: LoraConfig, targets: Sequence[TargetModule], carried: Mapping[str, Tensor] | None = None
 ) -> InjectReport:
@@ -307,9 +325,11 @@ def remove(model: nn.Module) -> None:
     """Removes the adapter: the model is restored bit for bit to what it was before `inject`.
 
     Raises:
+        BusyModelError: the model is generating or being trained.
         TargetError: the model holds no adapter made by `inject`, or something applied on top must be removed first.
     """
     spread, model = is_spread(model), adapted_model(model)
+    refuse_in_use(model)
     record = injection_of(model)
     if record is None:
         raise TargetError(f"{type(model).__name__} holds no adapter; add one with inject() or load_adapter()")
@@ -337,9 +357,11 @@ def merge(model: nn.Module) -> None:
     """Merges every LoRA layer into its base weight (in fp32 arithmetic); see `LoRALayer.merge`.
 
     Raises:
+        BusyModelError: the model is generating or being trained.
         MergeError: the adapter holds NaN or infinite values, or is switched off by `disabled`; nothing is left merged.
         TargetError: the model has no LoRA layer.
     """
+    refuse_in_use(model)
     layers = adapted_layers(model)
     if not layers:
         raise TargetError(f"{type(model).__name__} has no LoRA layer to merge; call inject() or load_adapter() first")
@@ -363,8 +385,15 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restores every base weight, bit for bit."""
-    for _, layer in adapted_layers(model):
+    """Restores every base weight, bit for bit.
+
+    Raises:
+        BusyModelError: the model is generating or being trained.
+    """
+    merged = [layer for _, layer in adapted_layers(model) if layer.merged]
+    if merged:
+        refuse_in_use(model)
+    for layer in merged:
         layer.unmerge()
 
 

@@ -225,7 +225,7 @@ def read_toml(path: Path, name: str) -> dict[str, Any]:
         ConfigError: the file cannot be read, or is not valid TOML.
     """
     try:
-        return parse_toml(path.read_text(encoding="utf-8"), name)
+        return parse_toml(path.read_text(encoding="utf-8-sig"), name)
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

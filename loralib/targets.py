@@ -97,9 +97,7 @@ class TargetModule:
         return layer
 
 
-def match_modules(
-    model: nn.Module, config: LoraConfig, *, trained: bool = False, changes: bool = True
-) -> list[TargetModule]:
+def match_modules(model: nn.Module, config: LoraConfig, *, trained: bool = False) -> list[TargetModule]:
     """Finds the modules that a config adapts, without touching the model.
 
     Args:
@@ -107,7 +105,6 @@ def match_modules(
         config: see `loralib.inject`.
         trained: whether the config is that of a finished adapter.  Its tensors then decide, and entries may match
             nothing; PEFT accepts such entries, and writes some itself.
-        changes: whether the model is going to be changed, which is impossible while it generates.
 
     Returns:
         One entry per module, in the model's order.
@@ -121,17 +118,20 @@ def match_modules(
     modules = _modules(model)
     matched = _matched_patterns(model, modules, config)
     faults = list[str]()
-    targets = _experts(model, modules, config, trained, changes, faults)
+    targets = _experts(model, modules, config, trained, faults)
     if not trained or not (matched or targets):
         named = [*matched, *(target.name for target in targets if not target.weights)]
         named += [f"{target.name}.{weight.name}" for target in targets for weight in target.weights]
         faults += _unused_entry_faults(model, modules, matched, named, config)
     unfit = list[str]()
+    named_already = {target.name for target in targets}
     for name, pattern in matched.items():
+        if name in named_already:  # by target_parameters
+            continue
         try:
             if not trained and _is_dt_proj(name, modules):
                 raise TargetError(f"{_READS_DT_PROJ}; leave it out")
-            targets.append(_target(name, pattern, _mixin_for(name, modules, config), modules, config, changes))
+            targets.append(_target(name, pattern, _mixin_for(name, modules, config), modules, config))
         except TargetError as error:
             faults.append(f"{name}: {error}")
             unfit += [name] * (pattern == ALL_LINEAR)
@@ -140,7 +140,7 @@ def match_modules(
             # in_proj and out_proj are adapted together, as in PEFT.
             output = f"{name}.out_proj"
             try:
-                targets.append(_target(output, pattern, LoRAReadLinear, modules, config, changes))
+                targets.append(_target(output, pattern, LoRAReadLinear, modules, config))
             except TargetError as error:
                 faults.append(f"{output}: {error}")
     targets += _token_rows(model, modules, config, {target.name for target in targets}, faults)
@@ -309,7 +309,7 @@ def _token_rows_fault(
     if getattr(module, "max_norm", None) is not None:
         return "max_norm rescales the rows of this table; they cannot be trained one by one"
     try:
-        _refuse_bypassed(module, "weight", changes=False)
+        _refuse_bypassed(module, "weight")
     except TargetError as error:
         return str(error)
     rows = cast(Tensor, module._parameters["weight"]).shape[0]
@@ -474,12 +474,11 @@ def _experts(
     modules: Mapping[str, nn.Module],
     config: LoraConfig,
     trained: bool,
-    changes: bool,
     faults: list[str],
 ) -> list[TargetModule]:
     """Returns the expert modules whose weights are adapted; appends what is impossible to `faults`."""
     holders = {name: module for name, module in modules.items() if holds_experts(name, module)}
-    chosen, routers = _named_parameters_of(model, holders, config, trained, faults)
+    chosen, matrices = _named_parameters_of(model, holders, config, trained, faults)
     unknown = dict[str, str]()
     if config.target_modules is not None and ALL_LINEAR in _several(config.target_modules):
         for name, module in holders.items():
@@ -493,16 +492,18 @@ def _experts(
     if unknown:
         faults.append(_missed_experts(model, unknown))
     targets = []
-    for name, entry in routers.items():
+    for name, entry in matrices.items():
         try:
             if config.lora_dropout and not trained:
                 raise TargetError(f"lora_dropout {config.lora_dropout} cannot act inside a router; set it to 0")
-            targets.append(_target(name, entry, mixin_for(LoRARouter, config), modules, config, changes))
+            linear = isinstance(modules[name], nn.Linear)
+            mixin = _mixin_for(name, modules, config) if linear else mixin_for(LoRARouter, config)
+            targets.append(_target(name, entry, mixin, modules, config))
         except TargetError as error:
             faults.append(f"{name}: {error}")
     for name, leaves in chosen.items():
         try:
-            targets.append(_experts_target(name, leaves, modules, config, trained, changes))
+            targets.append(_experts_target(name, leaves, modules, config, trained))
         except TargetError as error:
             faults.append(f"{name}: {error}")
     return targets
@@ -514,7 +515,6 @@ def _experts_target(
     modules: Mapping[str, nn.Module],
     config: LoraConfig,
     trained: bool,
-    changes: bool,
 ) -> TargetModule:
     module = modules[name]
     weights = [
@@ -523,7 +523,7 @@ def _experts_target(
         if leaf in leaves
     ]
     for weight in weights:
-        _refuse_bypassed(module, weight.name, changes)
+        _refuse_bypassed(module, weight.name)
         if config.blocks_of(f"{name}.{weight.name}") is not None:
             raise TargetError(f"enable_lora is for linear layers, but {weight.name} holds expert weights")
     if config.init_lora_weights == "eva" and not trained:
@@ -552,11 +552,11 @@ def _named_parameters_of(
     trained: bool,
     faults: list[str],
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Returns which weights of which experts, and which routers, target_parameters names, each with its entry.
+    """Returns which weights of which experts, and which routers and linears, target_parameters names, with its entry.
 
     Appends to `faults`.
     """
-    chosen, routers, used = dict[str, dict[str, str]](), dict[str, str](), set[str]()
+    chosen, matrices, used = dict[str, dict[str, str]](), dict[str, str](), set[str]()
     modules = named_modules(model) if config.target_parameters else {}
     for name in named_parameters(model):
         entry = matches(config.target_parameters, name)
@@ -564,8 +564,9 @@ def _named_parameters_of(
             continue
         used.add(entry)
         path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and _is_router(modules[path]):
-            routers[path] = entry
+        # PEFT takes any matrix for a parameter; to train one, there is target_modules.
+        if leaf == "weight" and (_is_router(modules[path]) or (trained and isinstance(modules[path], nn.Linear))):
+            matrices[path] = entry
             continue
         try:
             if config.saved_part(name):
@@ -582,9 +583,9 @@ def _named_parameters_of(
             continue
         chosen.setdefault(path, {})[leaf] = entry
     unused = [entry for entry in config.target_parameters or () if entry not in used]
-    if unused and not (trained and (chosen or routers)):
+    if unused and not trained:
         faults.append(f"target_parameters {unused} match nothing.{_experts_suggestion(holders)}")
-    return chosen, routers
+    return chosen, matrices
 
 
 def _is_router(module: nn.Module) -> bool:
@@ -654,10 +655,9 @@ def _target(
     mixin: type[LoRALayer],
     modules: Mapping[str, nn.Module],
     config: LoraConfig,
-    changes: bool,
 ) -> TargetModule:
     module, parent = modules[name], modules.get(name.rpartition(".")[0])
-    _refuse_bypassed(module, mixin._weight_name, changes)
+    _refuse_bypassed(module, mixin._weight_name)
     blocks = None if isinstance(parent, nn.MultiheadAttention) else config.blocks_of(name)
     target = TargetModule(
         name=name,
@@ -768,17 +768,14 @@ def _computes_a_linear(module: nn.Linear, base: type[nn.Module]) -> bool:
     return isinstance(y, Tensor) and y.shape == ours.shape and bool(torch.allclose(y, ours, atol=1e-5))
 
 
-def _refuse_bypassed(module: nn.Module, weight_name: str, changes: bool) -> None:
+def _refuse_bypassed(module: nn.Module, weight_name: str) -> None:
     """Refuses a module whose class cannot be switched, or where that would silently have no effect."""
     if base_class(module) is type(module) and (names := [n for n in module._parameters if n in ("lora_A", "lora_B")]):
         raise TargetError(
             f"it already has parameters with these names ({', '.join(names)}): is there another LoRA on it?"
         )
     bound = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
-    generates = type(bound).__module__ == "loralib.engine.placement"  # not imported: it comes later in the import order
-    if bound is not None and not is_own_forward(module, bound) and (changes or not generates):
-        if generates:
-            raise TargetError("the model is currently generating or being trained; adapt it after that has ended")
+    if bound is not None and not is_own_forward(module, bound) and not is_in_use(module):
         raise TargetError(
             "its forward was replaced on the instance, which would bypass the adapter; inject before wrapping it"
         )
@@ -799,6 +796,12 @@ def _refuse_bypassed(module: nn.Module, weight_name: str, changes: bool) -> None
         raise TargetError(f"its weight is quantised or of a special type ({kind}), expected a floating-point tensor")
     if weight.is_meta and hasattr(module, "_hf_hook"):
         raise TargetError("its weight is offloaded by accelerate; load the model without offloading this layer")
+
+
+def is_in_use(module: nn.Module) -> bool:
+    """Whether a run or a generation holds the module at the moment; see `loralib.engine.placement`."""
+    forward = module.__dict__.get("forward")
+    return type(forward).__module__ == "loralib.engine.placement"  # not imported: it comes later in the import order
 
 
 def is_own_forward(module: nn.Module, bound: object) -> bool:

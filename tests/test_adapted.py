@@ -14,11 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import loralib as lora
 from loralib.bases import load_adapted, save_tokenizer, trained_on_chats
+from loralib.bases.adapted import with_chat_template
 from loralib.cli import main
 from loralib.data import Example, TokenExample, encode
 from loralib.data.records import Turn
 from loralib.data.turn_ends import are_chats, turn_ends
-from loralib.errors import OutputError
+from loralib.errors import ConfigError, OutputError
 from loralib.generation.text import end_tokens, end_with_turns
 
 CHATML = (
@@ -80,6 +81,16 @@ def test_chats_are_told_from_other_text_by_how_answers_begin(template: str) -> N
     assert not are_chats(chats, make_tokenizer())
     assert not are_chats([], tokenizer)
     assert not are_chats([TokenExample((5, 6), (False, False))], tokenizer)
+
+
+def test_a_template_file_may_have_a_byte_order_mark_but_not_be_empty(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text(CHATML, encoding="utf-8-sig")
+    assert with_chat_template(make_tokenizer(), file).chat_template == CHATML
+    for nothing in ("", "{% set x = 1 %}\n"):
+        file.write_text(nothing, encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"chat\.jinja writes nothing for a chat"):
+            with_chat_template(make_tokenizer(), file)
 
 
 def test_a_turn_ends_as_the_template_ends_it() -> None:

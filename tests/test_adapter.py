@@ -149,6 +149,23 @@ def test_an_adapter_of_another_rank_or_target_is_refused() -> None:
         lora.apply_adapter(net(), Adapter(adapter.config.replace(target_modules=["q_proj"]), adapter.tensors))
 
 
+def test_an_adapter_that_has_none_of_a_models_names_is_told_why() -> None:
+    adapter = lora.adapter_of(trained())
+    whole = nn.ModuleDict({"net": net(), "head": nn.Linear(2, 2)})
+    named = Adapter(adapter.config.replace(base_model_name_or_path="a/base"), adapter.tensors)
+    inner = Adapter(adapter.config, {f"net.{name}": tensor for name, tensor in adapter.tensors.items()})
+    for model, other, advice in (
+        (whole, adapter, "Here these begin with 'net.': load it into model.get_submodule('net')."),
+        (net(), inner, "Its names begin with 'net.': load it into the model that holds this one as 'net'"),
+        (nn.ModuleDict({"a": nn.Linear(2, 2)}), named, "Load it into the base model it was trained on (a/base)."),
+    ):
+        with pytest.raises(AdapterError, match="none of the modules that it adapts") as refused:
+            lora.apply_adapter(model, other)
+        assert advice in str(refused.value)
+    lora.apply_adapter(whole, inner)
+    assert torch.equal(whole["net"](X), trained()(X))
+
+
 def test_a_replaced_adapter_goes_only_once_the_new_one_fits() -> None:
     model, other = trained(seed=2), trained(seed=3, r=3, target_modules=["4"])
     before, y = state(model), model(X)

@@ -411,6 +411,18 @@ def test_missing_weights_are_named_not_made_up(copy: Path) -> None:
     assert "transformer.h.0.mlp.c_fc.weight" in refused(copy)
 
 
+def test_weights_that_the_model_has_no_place_for_are_told(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    save_file(weights | {"extra.bias": torch.ones(2)}, copy / "model.safetensors", {"format": "pt"})
+    load_base(str(copy), dtype="fp32", device="cpu")
+    assert f"has no place for 1 tensor of {copy}, left out: extra.bias" in capsys.readouterr().err
+    compiled = {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
+    save_file(compiled, copy / "model.safetensors", {"format": "pt"})
+    assert re.search(r"It has others instead \(_orig_mod\.\S+, .*\): are these the weights", refused(copy))
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_truncated_files_are_told(copy: Path, file: str) -> None:
     content = (copy / file).read_bytes()

@@ -89,7 +89,7 @@ def parsed(config: Any, *argv: str) -> Any:
 
 def test_a_second_spelling_is_a_flag_a_key_and_an_argument(tmp_path: Path) -> None:
     expected = TrainConfig(rank=5)
-    (tmp_path / "run.toml").write_text("lora_dim = 5\n", encoding="utf-8")
+    (tmp_path / "run.toml").write_text("lora_dim = 5\n", encoding="utf-8-sig")  # as Windows' Notepad may save it
     again = [
         TrainConfig(lora_dim=5),
         TrainConfig().replace(lora_dim=5),

@@ -448,6 +448,7 @@ BROKEN: dict[str, tuple[bytes | str, str]] = {
     "cut.json": (FILES["a.json"][:-40], "the file is cut off"),
     "one-line.json": (json.dumps(RECORDS)[:-20], "the file is cut off"),
     "comma.json": ('[\n{"text": "a"},\n{"text" "a"}\n]', "comma.json:3: not JSON"),
+    "trailing.json": ('[\n{"text": "a"},\n]', "Fix it; expected one JSON object per line"),
     "none.json": ("[]", "contains no examples"),
     "number.json": ("5", "number.json:1: found a number, expected an object"),
     "half.jsonl": ('{"text": "a"}\n{"text": "\\ud83d"}', "half.jsonl:2: text is text with half of a character"),

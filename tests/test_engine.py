@@ -20,7 +20,7 @@ import loralib as lora
 from loralib.data.tokens import TokenExample
 from loralib.engine.attention import interface_name
 from loralib.engine.placement import Hold, engine_mode, overriding, own_forward
-from loralib.errors import BusyModelError, ConfigError, TargetError
+from loralib.errors import BusyModelError, ConfigError
 from loralib.generation import Generator, Sampling
 from loralib.injection import adapted_layers
 from loralib.modes import evaluating
@@ -179,15 +179,25 @@ def test_a_model_cannot_generate_while_it_is_trained_nor_the_other_way_round() -
     assert step.forward_backward(examples(0), loss_scale=1.0).trained_tokens == 20
 
 
-def test_a_model_is_not_adapted_while_it_generates() -> None:
-    model = llama()
-    generator = Generator(model, Letters())
-    generator.add([5, 6, 7])
-    generator.step()
-    with pytest.raises(TargetError, match="currently generating or being trained; adapt it after that has ended"):
-        lora.inject(model, lora.LoraConfig(r=4, target_modules="all-linear"))
-    generator.close()
-    assert lora.inject(model, lora.LoraConfig(r=4, target_modules="all-linear")).targets
+def test_a_model_keeps_its_adapter_while_it_generates() -> None:
+    config, model = lora.LoraConfig(r=4, target_modules="all-linear"), llama()
+    other = lora.adapter_of(adapted())
+    changes: list[Callable[[Any], Any]] = [
+        lambda model: lora.inject(model, config),
+        lora.merge,
+        lora.unmerge,
+        lora.remove,
+    ]
+    for change in (*changes, lambda model: lora.apply_adapter(model, other)):
+        generator = Generator(model, Letters())
+        generator.add([5, 6, 7])
+        generator.step()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(BusyModelError, match=r"cannot be changed meanwhile\. Wait for that to end"):
+            change(model)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        generator.close()
+        change(model)
 
 
 def test_a_generator_that_is_forgotten_gives_the_model_back() -> None:

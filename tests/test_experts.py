@@ -357,6 +357,19 @@ def test_what_peft_does_not_read_of_its_own_models(tmp_path: Path) -> None:
     assert_close(logits(peft.PeftModel.from_pretrained(model_of("deepseek_v3"), tmp_path).eval()), logits(model))
 
 
+def test_shared_experts_that_peft_renames_are_left_out_of_what_it_loads(tmp_path: Path) -> None:
+    sizes = {**SIZES, **EXPERTS, "head_dim": 8, "shared_expert_intermediate_size": 12}
+    model = hf.LagunaForCausalLM(hf.LagunaConfig(**sizes))
+    config = lora.LoraConfig(r=2, target_modules=["q_proj", "shared_experts.down_proj"])
+    lora.inject(model, config)
+    verdict = inspect_adapter(lora.save_adapter(model, tmp_path)).uses["peft"]
+    lora.remove(model)
+    with pytest.warns(UserWarning, match="Found missing adapter keys"):
+        peft.PeftModel.from_pretrained(model, tmp_path)
+    assert "leaves out these modules in models of type laguna" in verdict
+    assert "exclude_modules shared_experts.down_proj" in verdict
+
+
 def test_the_models_of_which_peft_renames_modules() -> None:
     from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 

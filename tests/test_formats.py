@@ -151,7 +151,12 @@ def test_directories_that_hold_no_adapter(tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "nowhere", AdapterError)
     message = refused(tmp_path, AdapterError)
     assert "contains no adapter: adapter_config.json and adapter_model.safetensors missing" in message
-    assert "Give the directory that training or save_adapter() wrote" in message
+    assert message.endswith("Give the directory that training or save_adapter() wrote.")
+    for name in ("default", "other"):
+        lora.save_adapter(trained(), tmp_path / name)
+    assert refused(tmp_path, AdapterError).endswith(
+        f"in it there are adapters in {tmp_path / 'default'}, {tmp_path / 'other'}."
+    )
 
 
 def test_tensors_missing(saved: Path) -> None:
@@ -297,7 +302,7 @@ def checkpoint(path: Path, content: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("form", ["flat", "released", "wrapped", "safetensors"])
+@pytest.mark.parametrize("form", ["flat", "released", "wrapped", "compiled", "lightning", "script", "safetensors"])
 def test_microsofts_forms(form: str, tmp_path: Path) -> None:
     model = trained()
     state: dict[str, Tensor] = lora.lora_state_dict(model)
@@ -308,6 +313,12 @@ def test_microsofts_forms(form: str, tmp_path: Path) -> None:
         checkpoint(path, {"model_state_dict": {f"module.{name}": tensor for name, tensor in state.items()}})
     elif form == "wrapped":
         checkpoint(path, {f"module.{name}": tensor for name, tensor in state.items()})
+    elif form == "compiled":
+        checkpoint(path, {f"_orig_mod.{name}": tensor for name, tensor in state.items()})
+    elif form == "lightning":
+        checkpoint(path, {"epoch": 1, "state_dict": state})
+    elif form == "script":
+        checkpoint(path, {"model": state, "optimizer": {"state": {}}})
     else:
         path = tmp_path / "model.safetensors"
         save_file(state, str(path))
@@ -325,6 +336,11 @@ def test_a_checkpoint_needs_settings_and_lora_tensors(tmp_path: Path) -> None:
     assert "contains no LoRA tensors" in refused(path, FormatError, config=CONFIG)
     checkpoint(path, [torch.zeros(2)])
     assert "contains list, expected a mapping" in refused(path, FormatError, config=CONFIG)
+
+
+def test_a_whole_model_in_a_pickle_is_not_said_to_lack_settings(tmp_path: Path) -> None:
+    torch.save(trained(), tmp_path / "model.pt")
+    assert "contains objects other than tensors" in refused(tmp_path / "model.pt", FormatError)
 
 
 def test_a_trained_head_has_to_be_named(tmp_path: Path) -> None:

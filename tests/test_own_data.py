@@ -216,7 +216,7 @@ def test_training_goes_on_from_an_adapter(base: str, tmp_path: Path, capsys: pyt
     assert read_adapter(tmp_path / "second").config.r == 2
     assert main([*again, "--rank", "8"]) == 2
     assert "rank is 8, the adapter has 2" in capsys.readouterr().err
-    with pytest.raises(errors.TargetError, match="match nothing"):
+    with pytest.raises(errors.AdapterError, match="none of the modules that it adapts"):
         train(settings(tmp_path, from_adapter=str(tmp_path / "first")))
 
 

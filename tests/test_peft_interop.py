@@ -255,6 +255,21 @@ def test_from_peft(name: str, tmp_path: Path) -> None:
     assert_close(logits(model, x), logits(theirs, x), base)
 
 
+def test_target_parameters_may_name_linears_and_what_is_not_there(tmp_path: Path) -> None:
+    """PEFT takes any matrix for a parameter, and its 'all-linear' names experts that a model may lack."""
+    base = llama()
+    settings = {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight", "experts.down_proj"]}
+    theirs = in_peft(copy.deepcopy(base), **settings)
+    save_in_peft(theirs, tmp_path / "theirs")
+    ours = copy.deepcopy(base)
+    lora.load_adapter(ours, tmp_path / "theirs")
+    assert_close(logits(ours, IDS), logits(theirs, IDS), logits(base, IDS))
+    lora.save_adapter(ours, tmp_path / "ours")
+    assert_close(
+        logits(load_in_peft(copy.deepcopy(base), tmp_path / "ours"), IDS), logits(theirs, IDS), logits(base, IDS)
+    )
+
+
 def test_what_peft_refuses_in_mamba_is_said(tmp_path: Path) -> None:
     config = hf.MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=1)
     model = hf.MambaForCausalLM(config)

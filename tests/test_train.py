@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import errno
 import itertools
@@ -24,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loralib as lora
@@ -400,6 +402,29 @@ def test_a_plain_module_trains_too(tmp_path: Path) -> None:
     assert "padded" not in result.note
     assert result.note
     assert result.train_losses[-1] < result.train_losses[0]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+def test_what_could_not_be_saved_is_refused_before_it_trains(tmp_path: Path) -> None:
+    import peft
+
+    unfrozen, pruned, peft_model = tiny_model(), tiny_model(), tiny_model()
+    for model in (unfrozen, pruned):
+        lora.inject(model, lora.LoraConfig(r=2, target_modules=["q_proj"]))
+    unfrozen.model.norm.weight.requires_grad_()
+    prune.random_unstructured(pruned.model.layers[0].self_attn.q_proj, "weight", 0.5)
+    peft_model = peft.get_peft_model(peft_model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for model, reason in (
+        (unfrozen, r"(?s)trained in addition.*model.norm.weight"),
+        (pruned, r"model.layers.0.self_attn.q_proj: weight is computed since inject\(\)"),
+        (peft_model, "holds an adapter of PEFT"),
+    ):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(errors.LoraError, match=reason):
+            train(settings(tmp_path), model)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(errors.TargetError, match="holds an adapter of PEFT"):
+        lora.train_many(peft_model, copying_examples(), [settings(tmp_path)], output_dir=str(tmp_path / "sweep"))
 
 
 def test_early_stopping_stops_and_keeps_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ def common_base(adapters: Iterable[tuple[str, str | Path]], name: str | None = N
 def _base_named_by(source: str | Path) -> str | None:
     with contextlib.suppress(OSError, ValueError, AttributeError, LoraError):
         if not is_read_with_base(source):
-            text = (Path(locate_adapter(source)) / "adapter_config.json").read_text(encoding="utf-8")
+            text = (Path(locate_adapter(source)) / "adapter_config.json").read_text(encoding="utf-8-sig")
             return json.loads(text).get("base_model_name_or_path") or None
     return None
 
@@ -174,12 +174,14 @@ def with_chat_template(tokenizer: Any, file: str | Path) -> Any:
         raise ConfigError(f"chat_template is {str(file)!r}, which needs a transformers tokenizer")
     own, chat = copy.copy(tokenizer), [{"role": "user", "content": "Hi"}]
     try:
-        own.chat_template = Path(file).expanduser().read_text(encoding="utf-8")
-        own.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        own.chat_template = Path(file).expanduser().read_text(encoding="utf-8-sig")  # a mark would start every chat
+        written = own.chat_template and own.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat_template {file} cannot be read: {error}") from error
     except Exception as error:  # Jinja's errors, and the template's own
         raise ConfigError(f"--chat_template {file} cannot format a chat: {error}") from error
+    if not written.strip():
+        raise ConfigError(f"--chat_template {file} writes nothing for a chat, expected a template in Jinja's language")
     return own
 
 

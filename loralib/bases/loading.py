@@ -31,7 +31,7 @@ from torch import nn
 from ..adapter import Adapter
 from ..allocator import keep_freed_memory
 from ..config import HUB_NAMES
-from ..console import duration, say
+from ..console import counted, duration, say
 from ..errors import BaseModelError, ConfigError, MissingDependencyError, did_you_mean, first_line, list_faults
 from ..files import cache_directory
 from ..formats import locate_adapter
@@ -406,10 +406,15 @@ def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None 
             )
     except Exception as error:
         raise _unreadable(path, name, error) from error
+    kind, unused = type(model).__name__, sorted(info["unexpected_keys"])
+    some = ", ".join(unused[:3]) + ", ..." * (len(unused) > 3)
     if info["missing_keys"]:  # otherwise transformers fills them with random numbers
         faults = sorted(info["missing_keys"])
-        heading = f"{len(faults)} of {type(model).__name__}'s tensors are missing from the weights of {name!r}"
-        raise BaseModelError(list_faults(heading, faults, "Download the model again, or use a complete one."))
+        heading = f"{len(faults)} of {kind}'s tensors are missing from the weights of {name!r}"
+        others = f" It has others instead ({some}): are these the weights that config.json describes?" if unused else ""
+        raise BaseModelError(list_faults(heading, faults, f"Download the model again, or use a complete one.{others}"))
+    if unused:
+        _note(f"{kind} has no place for {counted(len(unused), 'tensor')} of {name}, left out: {some}")
     if quantize is not None:
         finish_reading(model)
     elif getattr(model, "is_quantized", False):

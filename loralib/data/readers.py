@@ -624,11 +624,13 @@ def _is_json_line(line: str) -> bool:
 
 def _why_not_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
     at = f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})"
-    if error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg:
+    rest = text.rstrip()[error.pos :]
+    if (len(rest) < 2 and rest not in ("]", "}")) or "Unterminated" in error.msg:
         return f"{at}: the file is cut off. Copy or download it again; expected {_EXPECTED['jsonl']}."
     lines = text.split("\n")  # the way JSON counts lines
     line = lines[error.lineno - 1] if error.lineno <= len(lines) else ""
-    return f"{at}: {shown(line.strip())}. Fix it; expected {_EXPECTED['jsonl']}."
+    comma = " The comma before it is one too many." if text[: error.pos].rstrip().endswith(",") else ""
+    return f"{at}: {shown(line.strip())}.{comma} Fix it; expected {_EXPECTED['jsonl']}."
 
 
 def _read_plain(path: Path) -> list[Example]:

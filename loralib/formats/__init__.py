@@ -120,8 +120,9 @@ def read_adapter(
     if (foreign := _foreign(path)) is not None:
         raise FormatError(f"{path} is {foreign[0]}. {foreign[1]}")
     if config is None and _is_checkpoint(path):
+        read_microsoft(path, LoraConfig())  # settings do not help a file that cannot be read
         raise AdapterError(
-            f"{path} is a checkpoint of Microsoft's loralib, which contains no settings; give "
+            f"{path} contains no settings, like every file in the form of Microsoft's loralib; give "
             "config=LoraConfig(r=..., lora_alpha=..., target_modules=...) in Python, or convert it to a directory "
             "that every command reads: `loralib convert` with --trained_rank, --lora_alpha, --target_modules"
         )

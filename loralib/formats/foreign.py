@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ..errors import LoraError
-from .tensors import read_pickle, read_safetensors
+from .tensors import read_pickle, read_safetensors, state_in
 
 __all__ = ["describe", "names_in"]
 
@@ -76,9 +76,6 @@ def names_in(path: Path) -> list[str] | None:
             value = read()
         except LoraError:
             continue
-        while isinstance(value, dict) and isinstance(
-            inner := value.get("model_state_dict", value.get("state_dict")), dict
-        ):
-            value = inner
-        return [str(name) for name in value] if isinstance(value, dict) else None
+        state = state_in(value)
+        return [str(name) for name in state] if isinstance(state, Mapping) else None
     return None

@@ -17,7 +17,8 @@ from ..adapter import Adapter
 from ..config import LoraConfig
 from ..errors import AdapterError, FormatError, list_faults
 from ..variants import ROWS
-from .tensors import read_pickle, read_safetensors, write_pickle
+from ..wrapping import plain_name
+from .tensors import read_pickle, read_safetensors, state_in, write_pickle
 
 __all__ = ["beyond_microsoft", "read_microsoft", "write_microsoft"]
 
@@ -36,9 +37,7 @@ def read_microsoft(path: str | os.PathLike[str], config: LoraConfig) -> Adapter:
     Raises:
         FormatError: the file is corrupt, or contains code, or contains no LoRA tensors.
     """
-    state: object = read_safetensors(path)[0] if Path(path).suffix == ".safetensors" else read_pickle(path)
-    if isinstance(state, Mapping) and isinstance(state.get("model_state_dict"), Mapping):
-        state = state["model_state_dict"]
+    state = read_safetensors(path)[0] if Path(path).suffix == ".safetensors" else state_in(read_pickle(path))
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise FormatError(f"{path} contains {type(state).__name__}, expected a mapping from names to tensors")
     tensors = {_from_microsoft(name, state): value for name, value in state.items() if _is_needed(name, value, state)}
@@ -57,7 +56,7 @@ def _is_needed(name: str, value: object, state: Mapping[str, object]) -> bool:
 
 def _from_microsoft(name: str, state: Mapping[str, object]) -> str:
     """Converts Microsoft's name for a tensor to ours; their GPT-2's head has a different name than in transformers."""
-    name = name.removeprefix("module.")
+    name = plain_name(name).removeprefix("module.")
     gpt2 = "module.transformer.wte.weight" in state or "transformer.wte.weight" in state
     return "lm_head.weight" if gpt2 and name == "lm_head.decoder.weight" else name
 

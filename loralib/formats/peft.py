@@ -100,7 +100,11 @@ def read_peft(directory: str | os.PathLike[str]) -> Adapter:
         fault = "does not exist" if not directory.exists() else f"contains no adapter: {' and '.join(missing)} missing"
         if (directory / _DIFFUSERS).is_file():
             fault = f"contains an adapter in diffusers' format, for images ({_DIFFUSERS}), which loralib does not read"
-        raise AdapterError(f"{directory} {fault}. Give the directory that training or save_adapter() wrote.")
+        # PEFT writes adapters that have names into folders of these names.
+        below = sorted(str(path.parent) for path in directory.glob(f"*/{CONFIG_FILE}"))
+        fix = "Give the directory that training or save_adapter() wrote"
+        fix += f"; in it there are adapters in {', '.join(below[:4])}." if below else "."
+        raise AdapterError(f"{directory} {fault}. {fix}")
     settings = read_bytes(directory / CONFIG_FILE, parse_json, max_size=MAX_SETTINGS)
     if not isinstance(settings, dict):
         raise FormatError(
@@ -159,7 +163,7 @@ def write_peft(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
 
 
 # Kinds of models in which PEFT 0.21 takes dense layers for experts, because these had such names in older transformers
-# versions; and kinds in which it refuses modules of a mixer.
+# versions; and kinds in which it refuses modules of a mixer.  Laguna's shared experts get a name that no module has.
 _MIXTURES = frozenset(
     """afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe
     glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next qwen3_omni_moe
@@ -184,6 +188,9 @@ def load_faults(modules: Iterable[str], metadata: Mapping[str, str]) -> list[str
         leaves, why = {"gate_proj", "up_proj", "down_proj"}, "takes these modules for experts"
     elif kind in _MAMBA:
         leaves, why = {"conv1d", "out_proj"}, "refuses these modules"
+    elif kind == "laguna":
+        leaves, why = {"gate_proj", "up_proj", "down_proj"}, "leaves out these modules"
+        modules = [name for name in modules if ".shared_experts." in name]
     parts = [name.split(".") for name in modules]
     endings = dict.fromkeys(".".join(name[-2:]) for name in parts if name[-1] in leaves)
     way = f"train without them: exclude_modules {','.join(endings)}"

@@ -38,6 +38,7 @@ __all__ = [
     "read_header",
     "read_pickle",
     "read_safetensors",
+    "state_in",
     "write_directory",
     "write_pickle",
     "write_safetensors",
@@ -303,6 +304,23 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         FormatError: the file is truncated, corrupt, or contains objects other than tensors and plain values.
     """
     return read_bytes(path, parse_pickle)
+
+
+def state_in(value: Any) -> Any:
+    """Returns the named tensors in what a training script saved, perhaps beside its optimiser; or the value itself.
+
+    >>> state_in({"epoch": 1, "state_dict": {"0.lora_A": 2}})
+    {'0.lora_A': 2}
+    """
+    while isinstance(value, Mapping):
+        inner = next((value[key] for key in _STATES if isinstance(value.get(key), Mapping)), None)
+        if inner is None:
+            break
+        value = inner
+    return value
+
+
+_STATES = ("model_state_dict", "state_dict", "model")
 
 
 def parse_pickle(data: bytes) -> Any:

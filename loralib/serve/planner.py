@@ -99,7 +99,7 @@ class Planner:
         if multiplier is None and not all(self.files.get(file_id).is_read for file_id in ids):
             return job.settings  # left to the job itself
         model, tokenizer = self._base
-        match_modules(model, config.lora_config(), changes=False)
+        match_modules(model, config.lora_config())
         plan = make_plan(model, config.train_data, config.valid_data, tokenizer, config, lambda line: None)
         return job.settings if multiplier is None else {**job.settings, "lr": plan.config.peak_lr * multiplier}
 

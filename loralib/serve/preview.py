@@ -137,7 +137,7 @@ def trained_parameters(model: nn.Module, config: TrainConfig) -> int:
     Raises:
         TargetError: the adapter does not fit the model.
     """
-    targets = match_modules(model, config.lora_config(), changes=False)
+    targets = match_modules(model, config.lora_config())
     return sum(math.prod(shape) for target in targets for shape in target.shapes().values())
 
 

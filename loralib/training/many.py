@@ -37,7 +37,7 @@ from ..engine.rope import rope_limit
 from ..engine.row_linears import why_not_shared
 from ..errors import ConfigError, InterruptedRunError, LoraError, TrainingError, first_line, list_faults
 from ..files import hold_directory, remove_file, write_whole
-from ..injection import adapted_layers, adapted_model
+from ..injection import adapted_layers, adapted_model, refuse_peft
 from ..modes import keeping_modes
 from ..wrapping import is_spread
 from .config import TrainConfig
@@ -166,6 +166,7 @@ def train_all(
             raise ConfigError("a sweep runs in a single process, but several were started: run it without torchrun")
     names = run_names(configs)
     model = adapted_model(model)
+    refuse_peft(model)
     if adapted_layers(model):
         raise ConfigError(
             "the model already has an adapter, but a sweep gives each run its own: call lora.remove(model) first"

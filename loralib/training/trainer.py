@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapter import apply_adapter
+from ..adapter import apply_adapter, check_savable
 from ..allocator import keep_freed_memory
 from ..bases import with_chat_template
 from ..bases.classifiers import class_names, new_modules
@@ -153,6 +153,7 @@ def run_in(
     """Trains an adapter in a directory that is locked for it (see `hold_run`); `plan_by` is called as `make_plan`."""
     refuse_process_groups(model, "which train() does not support: it trains in one process. Pass the model inside it")
     model = adapted_model(model)
+    check_savable(model)
     if not all(layer.enabled for _, layer in adapted_layers(model)):
         raise TargetError("the adapter is disabled, so it would learn nothing; train after the `with disabled()` block")
     plan = plan_for(directory, model, data, config, tokenizer, valid_data, reporter, ranks, plan_by)
