@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_map
 from ..errors import ConfigError, UnsupportedModelError, did_you_mean
 from ..injection import samples_of, samples_of_table
 from ..layers import is_conv1d
+from ..targets import HEADS
 from ..variants import expert_stacks, is_transposed
 from ..wrapping import input_table, output_head
 
@@ -60,6 +61,7 @@ BLOCKS: Final = 256  # absmax values that share a scale
 GGUF_BLOCK: Final = 32  # weights of a GGUF file that share a scale
 _AT_ONCE: Final = 1 << 24  # weights in fp32 at a time during quantisation
 _IN_CACHE: Final = 1 << 20  # the same for NF4, where finding the nearest level takes several passes over them
+_HEADS: Final = {head for heads in HEADS.values() for head in heads}  # trained in full
 _BLOCKS_AT_ONCE: Final = 1 << 15  # and blocks at a time during dequantisation, which should fit into the cache
 aten = torch.ops.aten
 
@@ -608,23 +610,24 @@ def _weights_of(model: nn.Module) -> Iterator[tuple[Any, str]]:
 def quantized_weights(path: str, module: nn.Module, model: nn.Module) -> tuple[str, ...]:
     """Returns the names of a module's weights to quantise.
 
-    These are the weights of linear layers, except for the head, and of experts stored in one tensor.
+    These are the weights of linear layers, except for heads, and of experts stored in one tensor.
 
     Args:
         path: the module's name in the model.
         module: a module of the model.
         model: the model to quantise.
     """
-    return ("weight",) if _is_linear_within(module, model) else expert_stacks(path, module)
+    return ("weight",) if _is_linear_within(path, module, model) else expert_stacks(path, module)
 
 
 def linears_of(model: nn.Module) -> Iterator[Any]:
     """Yields the linear layers of a model whose weights are quantised."""
-    return (module for module in list(model.modules()) if _is_linear_within(module, model))
+    return (module for path, module in list(model.named_modules()) if _is_linear_within(path, module, model))
 
 
-def _is_linear_within(module: nn.Module, model: nn.Module) -> bool:
-    return (type(module) is nn.Linear or is_conv1d(module)) and module is not output_head(model)
+def _is_linear_within(path: str, module: nn.Module, model: nn.Module) -> bool:
+    is_head = module is output_head(model) or path.partition(".")[0] in _HEADS
+    return (type(module) is nn.Linear or is_conv1d(module)) and not is_head
 
 
 def is_turned(module: nn.Module) -> bool:

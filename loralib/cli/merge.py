@@ -24,6 +24,7 @@ from ..data import prompt_ids
 from ..engine.limits import input_limit
 from ..errors import ConfigError, MergeError, OutputError
 from ..formats import merge_and_compare, save_merged
+from ..injection import quantization_of
 from ._adapters import (
     FILE_DTYPES,
     PROMPTS,
@@ -83,11 +84,12 @@ def _merge(args: argparse.Namespace) -> None:
     if own is not None:
         tokenizer = own
         say(f"The merged model gets the tokenizer{' and chat template' * bool(own.chat_template)} of the adapter")
-    make_dense(model)  # the base may have been loaded already quantised
+    own = quantization_of(model)  # the base may have been quantised by another tool
+    make_dense(model)
     if args.quantize != "none":
         error = round_model(model, args.quantize)
         say(f"The base's linear layers have their {args.quantize} values, off by {error:.2%} of the weights' norm")
-    elif held := adapter.metadata.get(QUANTIZE):
+    elif (held := adapter.metadata.get(QUANTIZE, own)) != own:
         say(f"note: the adapter was trained on the base in {held}; --quantize {held} merges into exactly those weights")
     limit = input_limit(model, tokenizer)
     inputs = [torch.tensor(prompt_ids(prompt, tokenizer)[:limit]) for prompt in args.prompt or PROMPTS]
