@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -565,27 +565,43 @@ def quantize_tables(model: nn.Module, kind: str, *, rounds: bool = False) -> Non
             module.weight = known[id(weight)]
 
 
-def round_model(model: nn.Module, kind: str) -> float:
+class Rounding(NamedTuple):
+    """How far weights are from what they were before quantisation: ``||W' - W|| / ||W||``.
+
+    Attributes:
+        total: over all linear layers and experts.
+        most: of the weight that is off the most; NaN if one is not finite.
+        where: its name.
+    """
+
+    total: float
+    most: float
+    where: str
+
+
+def round_model(model: nn.Module, kind: str) -> Rounding:
     """Rounds each weight that a kind quantises to its quantised values, stored in ordinary tensors.
 
     Args:
         model: its weights are replaced; fingerprints still use the original values.
         kind: one of the KINDS; weights are rounded to bf16 first, like the base of a training run.
-
-    Returns:
-        The error, ``||W' - W|| / ||W||`` over all linear layers and experts.
     """
-    errors, norms = 0.0, 0.0
+    errors, norms = dict[str, float](), dict[str, float]()
+    names = {id(module): path for path, module in model.named_modules()}
     for module, name in _weights_of(model):
         weight = module._parameters[name].detach()
         held = quantize(weight.to(torch.bfloat16), kind, turned=is_turned(module))
         values = nn.Parameter(held.dense().to(weight.dtype).contiguous(), requires_grad=False)
-        errors += float((values.data - weight).double().square().sum())
-        norms += float(weight.double().square().sum())
+        key = f"{names[id(module)]}.{name}"
+        errors[key] = float((values.data - weight).double().square().sum())
+        norms[key] = float(weight.double().square().sum())
         values.samples = samples_of(weight).clone()  # type: ignore[attr-defined]
         module._parameters[name] = values
     quantize_tables(model, kind, rounds=True)
-    return math.sqrt(errors / norms) if norms else 0.0
+    shares = {key: math.sqrt(error / norms[key]) if norms[key] else 0.0 for key, error in errors.items()}
+    where = max(shares, key=lambda key: math.inf if math.isnan(shares[key]) else shares[key])
+    total = math.sqrt(sum(errors.values()) / norm) if (norm := sum(norms.values())) else 0.0
+    return Rounding(total, shares[where], where)
 
 
 def make_dense(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -35,6 +36,9 @@ from ._adapters import (
     read,
     read_with_base,
 )
+
+# Both formats are off by a third at most, unless a weight has hardly anything but outliers.
+_MAX_ROUNDING: Final = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,8 +91,17 @@ def _merge(args: argparse.Namespace) -> None:
     own = quantization_of(model)  # the base may have been quantised by another tool
     make_dense(model)
     if args.quantize != "none":
-        error = round_model(model, args.quantize)
-        say(f"The base's linear layers have their {args.quantize} values, off by {error:.2%} of the weights' norm")
+        rounding = round_model(model, args.quantize)
+        say(
+            f"The base's linear layers have their {args.quantize} values, off by {rounding.total:.2%} of the weights' "
+            f"norm; at most by {rounding.most:.2%}, in {rounding.where}"
+        )
+        if not rounding.most <= _MAX_ROUNDING:
+            raise MergeError(
+                f"{rounding.where} is off by {rounding.most:.2%} of its norm in {args.quantize}, expected at most "
+                f"{_MAX_ROUNDING:.0%}: its values are not finite, or these bits cannot hold them. Nothing was merged. "
+                "Leave out --quantize, and train without it."
+            )
     elif (held := adapter.metadata.get(QUANTIZE, own)) != own:
         say(f"note: the adapter was trained on the base in {held}; --quantize {held} merges into exactly those weights")
     limit = input_limit(model, tokenizer)
