@@ -532,9 +532,15 @@ def first_fingerprint(model: nn.Module) -> str:
 
 
 def quantization_of(model: nn.Module) -> str:
-    """Returns how a base's weights are quantised (see `loralib.load_base`); "none" if they are not."""
-    kinds = {weight.KIND for _, weight in _base_parameters(model, {}) if getattr(weight, "ROUNDED", False)}  # type: ignore[attr-defined]
-    return "+".join(sorted(kinds)) or "none"
+    """Returns how a base's weights are quantised, as in `loralib.load_base`; "none" if they are not."""
+    tables, kinds, ending = token_tables(model), set[str](), ""
+    for name, weight in _base_parameters(model, {}):
+        if getattr(weight, "ROUNDED", False):
+            if name.rpartition(".")[0] in tables:
+                ending = "+tables"
+            else:
+                kinds.add(weight.KIND)  # type: ignore[attr-defined]
+    return ("+".join(sorted(kinds)) or "none") + ending
 
 
 _LAST_ROWS = 16

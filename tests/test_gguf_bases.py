@@ -48,7 +48,7 @@ def made(kind: str, **settings):
     return cls(config(**{**GROUPED, "max_position_embeddings": 64, "tie_word_embeddings": True} | settings)).eval()
 
 
-def write(model, path: Path, kind: KINDS, extra=(), **fields) -> Path:
+def write(model, path: Path, kind: KINDS, extra=(), note=lambda writer: None, **fields) -> Path:
     """Writes a model as llama.cpp's converter does: matrices in blocks of one type, all else in fp32."""
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
@@ -69,6 +69,7 @@ def write(model, path: Path, kind: KINDS, extra=(), **fields) -> Path:
     add_tokenizer(writer)
     for key, value in fields.items():
         writer.add_uint32(key.replace("_", "."), value)
+    note(writer)
     for name, tensor in [*tensors_of(model), *extra]:
         in_blocks = tensor.ndim == 2 and not name.startswith(("token_embd", "position_embd"))
         of = kind if in_blocks else KINDS.F32
@@ -191,6 +192,42 @@ def test_the_scaling_of_llama_3_is_not_lost(tmp_path):
     path = write(model, tmp_path / "a.gguf", KINDS.F32, extra=[("rope_freqs.weight", factors**2)])
     with pytest.raises(BaseModelError, match=r"scales its rotary embedding \(rope_freqs.weight\)"):
         lora.load_base(path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "fields"),
+    [
+        ("llama", "linear", {"llama.rope.scaling.factor": 4.0}),
+        ("llama", "linear", {"llama.rope.scale_linear": 4.0}),
+        ("qwen2", "yarn", {"qwen2.rope.scaling.factor": 4.0}),
+    ],
+)
+def test_other_scalings_of_positions_are_not_lost(architecture, kind, fields, tmp_path):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    rope |= {"original_max_position_embeddings": 16} if kind == "yarn" else {}
+    model = made(architecture, rope_parameters=rope)
+
+    def note(writer):
+        for key, value in fields.items():
+            writer.add_float32(key, value)
+        if "scaling" in str(fields):
+            writer.add_string(f"{architecture}.rope.scaling.type", kind)
+            writer.add_uint32(f"{architecture}.rope.scaling.original_context_length", 16)
+
+    path = write(model, tmp_path / "model.gguf", KINDS.F32, note=note)
+    read, _ = lora.load_base(path, dtype="fp32", device="cpu")
+    with torch.no_grad():
+        assert torch.allclose(read(IDS).logits, model(IDS).logits, atol=1e-4)
+
+
+def test_a_scaling_that_is_not_known_is_refused(tmp_path):
+    def note(writer):
+        writer.add_string("llama.rope.scaling.type", "longrope")
+        writer.add_float32("llama.rope.scaling.factor", 4.0)
+
+    path = write(made("llama"), tmp_path / "model.gguf", KINDS.F32, note=note)
+    with pytest.raises(BaseModelError, match=r"scales its rotary embedding \(longrope"):
+        lora.load_base(path, device="cpu")
 
 
 def test_an_adapter_is_trained_on_a_file_saved_and_merged(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import pickle
 import re
 from types import SimpleNamespace
@@ -10,8 +11,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import loralib as lora
 from loralib.bases import load_adapted
@@ -29,7 +38,7 @@ from loralib.data import TokenExample
 from loralib.delta import dense
 from loralib.engine.kernels import compiled
 from loralib.errors import BaseMismatchError, BaseModelError, ConfigError, TargetError, UnsupportedModelError
-from loralib.injection import adapted_layers, fingerprint
+from loralib.injection import adapted_layers, fingerprint, quantization_of
 from loralib.training.step import make_step
 
 KINDS = ("int8", "nf4")
@@ -436,7 +445,7 @@ def test_bases_that_bitsandbytes_quantised_keep_their_numbers(make, tmp_path):
                 AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, quantization_config=config)
                 for _ in range(2)
             )
-            assert said in take_over(model, "base")
+            assert said in take_over(model, "base", "bitsandbytes", dtype)
             assert {parameter.dtype for parameter in model.parameters()} == {dtype}
             with torch.no_grad():
                 assert torch.allclose(model.eval()(ids).logits, theirs.dequantize().eval()(ids).logits, atol=0.01)
@@ -444,14 +453,133 @@ def test_bases_that_bitsandbytes_quantised_keep_their_numbers(make, tmp_path):
         assert make_step(model).forward_backward(examples(), loss_scale=1 / 32).loss_sum > 0
 
 
+@pytest.fixture(scope="module")
+def by_bitsandbytes(base, tmp_path_factory):
+    """The same base as bitsandbytes saves it in NF4, with bnb_4bit_quant_storage as for FSDP."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(**nf4, bnb_4bit_quant_storage=torch.bfloat16)
+    directory = tmp_path_factory.mktemp("by_bitsandbytes")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=config).save_pretrained(
+        directory
+    )
+    AutoTokenizer.from_pretrained(base).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bases_in_files_of_bitsandbytes_have_the_dtype_that_was_asked_for(by_bitsandbytes, dtype, capsys):
+    from transformers import AutoModelForCausalLM
+
+    model, _ = lora.load_base(by_bitsandbytes, dtype=dtype, device="cpu")
+    assert "by bitsandbytes: 7 weights kept as they are" in capsys.readouterr().err
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    theirs = AutoModelForCausalLM.from_pretrained(by_bitsandbytes, dtype=dtype).dequantize()
+    for (name, ours), other in zip(model.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(dense(ours).bfloat16(), other.bfloat16()), name
+
+
+def test_bases_of_other_tools_may_be_brought_into_other_bits(by_bitsandbytes, capsys):
+    model, _ = lora.load_base(by_bitsandbytes, dtype="bf16", device="cpu", quantize="int8")
+    assert "7 weights converted to int8" in capsys.readouterr().err
+    values, _ = lora.load_base(by_bitsandbytes, dtype="bf16", device="cpu")
+    make_dense(values)
+    quantize_model(values, "int8")
+    for ours, theirs in zip(model.parameters(), values.parameters(), strict=True):
+        assert type(ours) is type(theirs)
+        assert torch.equal(dense(ours), dense(theirs))
+
+
+def test_bases_of_bitsandbytes_are_merged_into_and_written(by_bitsandbytes, tmp_path, capsys):
+    model, _ = lora.load_base(by_bitsandbytes, dtype="bf16", device="cpu")
+    lora.save_adapter(adapted(model), tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--dtype", "fp32"]) == 0
+    said = capsys.readouterr().out
+    assert "explained by rounding" in said
+    assert "--quantize" not in said  # these are the weights of the training already
+    merged, _ = lora.load_base(tmp_path / "merged", dtype="fp32", device="cpu")
+    lora.merge(model)
+    for name, ours in merged.named_parameters():
+        assert torch.allclose(ours, model.get_parameter(name).float(), atol=1e-2), name
+    assert main(["export-base", str(tmp_path / "base"), "--model", str(by_bitsandbytes)]) == 0
+
+
+def test_a_config_that_wrongly_says_quantised_does_no_harm(base, tmp_path):
+    """As merge_and_unload of PEFT may leave it behind."""
+    pytest.importorskip("bitsandbytes")
+    whole, tokenizer = lora.load_base(base, dtype="bf16", device="cpu")
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    claim(tmp_path, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    model, _ = lora.load_base(tmp_path, dtype="bf16", device="cpu")
+    for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def claim(directory, quantization):
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(settings | {"quantization_config": quantization}))
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_bases_in_fp8_have_the_numbers_of_their_blocks(kind, smollm2, tmp_path, capsys):
+    """transformers dequantises them while it reads them where there is no GPU, and says nothing."""
+    model = llama().float()
+    model.resize_token_embeddings(len(smollm2[1]))
+    model.save_pretrained(tmp_path)
+    smollm2[1].save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in state if "_proj" in name]:
+        blocks = state[name].unflatten(0, (-1, 64)).unflatten(2, (-1, 64))
+        scales = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+        model.get_parameter(name).data = (codes.float() * scales[:, None, :, None]).reshape(state[name].shape)
+        state |= {name: codes.reshape(state[name].shape), f"{name}_scale_inv": scales}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    claim(tmp_path, {"quant_method": "fp8", "weight_block_size": [64, 64]})
+    read, _ = lora.load_base(tmp_path, dtype="fp32", device="cpu", quantize=kind)
+    said = "14 weights converted to int8" if kind else "its weights are now dense"
+    assert f"was quantised by fp8: {said}" in capsys.readouterr().err
+    if kind:
+        quantize_model(model, kind)
+    for ours, theirs in zip(read.parameters(), model.parameters(), strict=True):
+        assert (type(ours), ours.dtype) == (type(theirs), torch.float32)
+        assert torch.allclose(dense(ours), dense(theirs), atol=1e-3)
+
+
+def test_bases_that_cannot_be_read_name_their_method(base, tmp_path):
+    whole, tokenizer = lora.load_base(base, dtype="bf16", device="cpu")
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state = {name.replace("weight", "qweight") if "_proj" in name else name: value for name, value in state.items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    claim(tmp_path, {"quant_method": "exl2"})
+    with pytest.raises(BaseModelError, match=r"'exl2'(.|\n)*Use the model that it was made from, with --quantize nf4"):
+        lora.load_base(tmp_path)
+
+
+@pytest.mark.parametrize("kind", WITH_TABLES)
+def test_the_form_of_a_base_is_named_as_it_was_asked_for(kind):
+    assert quantization_of(quantized(llama, kind)) == kind
+
+
+def test_heads_of_classifiers_are_not_quantised():
+    """They are trained in full."""
+    settings = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = RobertaForSequenceClassification(RobertaConfig(vocab_size=96, **settings))
+    assert quantize_model(model, "nf4") == 6
+    assert not any(isinstance(parameter, QuantizedWeight) for parameter in model.classifier.parameters())
+
+
 class OfAnotherMethod(nn.Linear):
     """What transformers returns for a base that is quantised in an unknown way."""
 
     def __init__(self, can: bool) -> None:
         super().__init__(2, 2)
-        self.can, self.config = can, SimpleNamespace(_is_quantized=True)
-        config = SimpleNamespace(quant_method=SimpleNamespace(value="gptq"))
-        self.hf_quantizer = SimpleNamespace(quantization_config=config, remove_quantization_config=lambda model: None)
+        self.can, self.is_quantized, self.config = can, True, SimpleNamespace(_is_quantized=True)
 
     def dequantize(self) -> None:
         if not self.can:
@@ -459,14 +587,15 @@ class OfAnotherMethod(nn.Linear):
 
 
 def test_bases_of_other_methods_become_dense_or_are_refused_by_name():
-    assert "quantised by gptq; its weights are now dense" in take_over(OfAnotherMethod(can=True), "base")
-    with pytest.raises(BaseModelError, match=r"base was quantised by gptq, and transformers cannot.*no way back"):
-        take_over(OfAnotherMethod(can=False), "base")
+    said = take_over(OfAnotherMethod(can=True), "base", "hqq", torch.float32)
+    assert "quantised by hqq: its weights are now dense" in said
+    with pytest.raises(BaseModelError, match=r"base was quantised by hqq, and transformers cannot.*no way back"):
+        take_over(OfAnotherMethod(can=False), "base", "hqq", torch.float32)
 
 
 def test_the_error_of_rounding_is_that_of_the_weights():
-    assert 0.003 < round_model(llama(), "int8") < 0.015
-    assert 0.08 < round_model(llama(), "nf4") < 0.11
+    assert 0.003 < round_model(llama(), "int8").total < 0.015
+    assert 0.08 < round_model(llama(), "nf4").total < 0.11
     model = llama()
     round_model(model, "nf4")
     assert fingerprint(model) == fingerprint(llama())
@@ -474,6 +603,25 @@ def test_the_error_of_rounding_is_that_of_the_weights():
     round_model(model, "nf4+tables")
     assert torch.equal(model.lm_head.weight, quantized(llama, "nf4+tables").lm_head.weight.dense())
     assert fingerprint(model) == fingerprint(llama())
+
+
+def test_a_single_weight_that_bits_cannot_hold_is_named_and_not_merged(base, tmp_path, capsys):
+    """Among all weights together, its error hardly shows."""
+    model, tokenizer = lora.load_base(base, dtype="fp32", device="cpu")
+    lora.save_adapter(adapted(model, target_modules=["up_proj"]), tmp_path / "adapter")
+    whole, _ = lora.load_base(base, dtype="fp32", device="cpu")
+    weight = whole.model.layers[0].self_attn.k_proj.weight.data
+    weight.fill_(1e-3)[:, 0] = 1  # an outlier in each output
+    weight *= 1e-42  # no longer a multiple of what fp32 has
+    whole.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rounding = round_model(whole, "int8")
+    assert rounding.where == "model.layers.0.self_attn.k_proj.weight"
+    assert rounding.total < 0.015 < 0.5 < rounding.most
+    given = ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--model", str(tmp_path / "base")]
+    assert main([*given, "--quantize", "int8", "--allow_base_mismatch"]) == 2
+    assert f"{rounding.where} is off by {rounding.most:.2%} of its norm in int8" in capsys.readouterr().err
+    assert not (tmp_path / "merged" / "config.json").exists()
 
 
 def test_merging_into_rounded_weights_says_how_far_off_they_are(base, tmp_path, capsys):

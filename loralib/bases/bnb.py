@@ -45,6 +45,8 @@ def take_over(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
 def _weight_of(module: Any, dtype: torch.dtype) -> Tensor:
     """Returns the weight (out, in) of one of its linear layers, still quantised if the format is supported."""
     shape = torch.Size((module.out_features, module.in_features))
+    if module.weight.is_floating_point() and module.weight.shape == shape:  # its config says more than its file holds
+        return cast(Tensor, module.weight.data).to(dtype)
     state = getattr(module.weight, "quant_state", None)
     if state is None:
         parts = {"codes": module.weight.CB.data, "scales": module.weight.SCB.float() / 127}
@@ -53,7 +55,7 @@ def _weight_of(module: Any, dtype: torch.dtype) -> Tensor:
     if not known:
         return cast(Tensor, _functional().dequantize_4bit(module.weight.data, state)).view(shape).to(dtype)
     parts = {
-        "codes": module.weight.data.view(-1),
+        "codes": module.weight.data.view(torch.uint8).view(-1),  # bnb_4bit_quant_storage may be another dtype
         "absmax_codes": state.absmax,
         "absmax_scales": state.state2.absmax,
         "offset": state.offset,

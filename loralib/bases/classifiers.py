@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..adapter import LABELS, Adapter
 from ..allocator import keep_freed_memory
+from ..console import say
 from ..errors import AdapterError, BaseModelError, ConfigError, first_line, list_faults
 from ..formats import is_read_with_base, read_adapter, with_present_names
 from ..targets import HEADS
@@ -36,7 +38,7 @@ from .loading import (
 )
 from .made_up import build_base, is_made_up
 from .quant import chosen_kind, quantize_model
-from .quantized_reading import finish_reading, quantizing, take_over
+from .quantized_reading import finish_reading, method_of, quantizing, stored_quantization, take_over, way_out
 
 __all__ = [
     "class_names",
@@ -287,7 +289,8 @@ def _read(
     path: str, name: str, settings: dict[str, Any], dtype: torch.dtype, quantize: str | None, replaces_head: bool
 ) -> tuple[Any, list[str]]:
     """Reads a model and returns it with the names of its tensors that the checkpoint lacks, or has in another size."""
-    fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
+    own = stored_quantization(Path(path))
+    fewer_bits = {} if quantize is None or own is not None else quantizing(quantize, dtype)
     try:
         with quiet_reading(), keep_freed_memory(lean=True):
             model, info = import_transformers().AutoModelForSequenceClassification.from_pretrained(
@@ -303,10 +306,13 @@ def _read(
             )
     except Exception as error:
         refuse_pointers(Path(path), name)
+        kinds = (
+            "Choose a model that transformers supports as one (AutoModelForSequenceClassification): BERT, RoBERTa, "
+            "DeBERTa, ModernBERT, GPT-2, Llama, Qwen."
+        )
+        advice = kinds if own is None else way_out(own)
         raise BaseModelError(
-            f"{name!r} cannot be loaded as a text classifier: {first_line(error)}. Choose a model that transformers "
-            "supports as one (AutoModelForSequenceClassification): BERT, RoBERTa, DeBERTa, ModernBERT, GPT-2, Llama, "
-            "Qwen."
+            f"{name!r} cannot be loaded as a text classifier: {first_line(error)}. {advice}"
         ) from error
     others = {key: sizes for key, *sizes in info["mismatched_keys"]}
     body = f"{model.base_model_prefix}."
@@ -322,10 +328,10 @@ def _read(
     if lost:
         heading = f"{len(lost)} of {type(model).__name__}'s tensors are missing from the weights of {name!r}"
         raise BaseModelError(list_faults(heading, lost, "Download the model again, or use a complete one."))
-    if quantize is not None:
+    if fewer_bits:
         finish_reading(model)
-    elif getattr(model, "is_quantized", False):
-        take_over(model, name)
+    elif own is not None:
+        say(f"note: {take_over(model, name, method_of(own), dtype, quantize)}", file=sys.stderr)
     return model, new
 
 

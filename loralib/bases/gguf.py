@@ -97,25 +97,55 @@ def read_dense(path: Path, dtype: torch.dtype) -> Any:
 def _scale_rotation(model: Any, path: Path) -> None:
     """Adds the scaling of the rotary embedding, which transformers does not read from the file.
 
-    For Llama 3, llama.cpp stores the resulting factors instead of the parameters they are computed from.
+    llama.cpp stores the parameters of linear and YaRN scaling, but for Llama 3 the factors computed from them.
     """
-    _, stored = _opened(path)
+    fields, stored = _opened(path)
     found = {name: data for name, (_, data) in stored.items() if name.startswith(("rope_freqs.", "rope_factors_"))}
-    if not found:
+    scaling, factors = _scaling_in(fields), None
+    if found:
+        factors = torch.frombuffer(bytearray(found.get("rope_freqs.weight", b"\0\0\0\0")), dtype=torch.float32)
+        scaling = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA_3}
+    rope = dict(getattr(model.config, "rope_parameters", None) or {})
+    part = rope.get("full_attention", rope)  # in models with windows, the other layers are not scaled
+    if scaling is None or part.get("rope_type", "default") != "default":  # transformers read it after all
         return
-    rope = dict(model.config.rope_parameters)
-    factors = torch.frombuffer(bytearray(found.get("rope_freqs.weight", b"\0\0\0\0")), dtype=torch.float32)
-    rope |= {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA_3}
-    plain = [(name, module) for name, module in model.named_modules() if "inv_freq" in module._buffers]
+    rope |= {"full_attention": part | scaling} if part is not rope else scaling
+    plain = [(name, module) for name, module in model.named_modules() if _frequencies(module)]
     model.config.rope_parameters = rope
     for name, module in plain:
-        scaled = type(module)(model.config)
-        if not torch.allclose(scaled.inv_freq * factors, module.inv_freq, rtol=1e-3):
-            raise BaseModelError(
-                f"{path} scales its rotary embedding ({', '.join(found)}), which transformers does not read from such "
-                "files. Use the model in safetensors files."
-            )
+        try:
+            scaled = type(module)(model.config)
+        except Exception as error:
+            raise _not_scaled(path, f"{scaling['rope_type']}: {first_line(error)}") from error
+        if factors is not None and not torch.allclose(scaled.inv_freq * factors, module.inv_freq, rtol=1e-3):
+            raise _not_scaled(path, ", ".join(found))
+        if factors is None and all(map(torch.equal, _frequencies(scaled), _frequencies(module))):
+            raise _not_scaled(path, scaling["rope_type"])
         model.set_submodule(name, scaled)
+    if not plain:
+        raise _not_scaled(path, scaling["rope_type"])
+
+
+def _scaling_in(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the scaling of the rotary embedding in a file's fields, by transformers' names; None if there is none."""
+    begin = f"{fields['general.architecture']}."
+    factor = fields.get(f"{begin}rope.scaling.factor", fields.get(f"{begin}rope.scale_linear", 1.0))
+    kind = fields.get(f"{begin}rope.scaling.type", "linear")
+    if kind == "none" or factor in (0.0, 1.0):
+        return None
+    length = fields.get(f"{begin}rope.scaling.original_context_length", fields.get(f"{begin}context_length"))
+    return {"rope_type": kind, "factor": factor} | ({} if kind == "linear" else {_ORIGINAL: length})
+
+
+def _frequencies(module: nn.Module) -> list[Tensor]:
+    return [held for name, held in module._buffers.items() if name.endswith("inv_freq") and held is not None]
+
+
+def _not_scaled(path: Path, what: str) -> BaseModelError:
+    return BaseModelError(
+        f"{path} scales its rotary embedding ({what}), which transformers does not read from such files. Use the model "
+        "in safetensors files."
+    )
 
 
 def read_tokenizer(path: Path) -> tuple[Any, str]:
@@ -245,8 +275,9 @@ def _ordered(part: Tensor, rows: int, heads: int) -> Tensor:
 
 
 _SPECIAL_TOKENS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_ORIGINAL: Final = "original_max_position_embeddings"
 # The other parameters of this scaling, which are the same in all such models.
-_LLAMA_3: Final = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA_3: Final = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, _ORIGINAL: 8192}
 
 # Parsers for the contents of blocks, by ggml's type number.
 

@@ -44,7 +44,7 @@ from .gguf import check_file, keep_blocks, read_dense, read_tokenizer
 from .made_up import MADE_UP_BASES, build_base, is_made_up
 from .packed import packing_of, read_packed
 from .quant import chosen_kind, make_dense, quantize_model
-from .quantized_reading import finish_reading, quantizing, take_over
+from .quantized_reading import finish_reading, method_of, quantizing, stored_quantization, take_over, way_out
 from .sharded import agreed, empty_model, in_turn, of_first, read_share, shard
 
 if TYPE_CHECKING:
@@ -392,7 +392,8 @@ def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None 
         return _read_gguf(path, name, dtype, quantize)
     if (packing := packing_of(path)) is not None:
         return _read_packed(path, name, packing, dtype, quantize)
-    fewer_bits = {} if quantize is None else quantizing(quantize, dtype)
+    own = stored_quantization(path)  # transformers reads these weights as they are: they are converted afterwards
+    fewer_bits = {} if quantize is None or own is not None else quantizing(quantize, dtype)
     try:
         with quiet_reading(), keep_freed_memory(lean=True):  # temporarily creates each weight in 16 bits
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -411,14 +412,15 @@ def _read_model(path: Path, name: str, dtype: torch.dtype, quantize: str | None 
     if info["missing_keys"]:  # otherwise transformers fills them with random numbers
         faults = sorted(info["missing_keys"])
         heading = f"{len(faults)} of {kind}'s tensors are missing from the weights of {name!r}"
+        advice = "Download the model again, or use a complete one." if own is None else way_out(own)
         others = f" It has others instead ({some}): are these the weights that config.json describes?" if unused else ""
-        raise BaseModelError(list_faults(heading, faults, f"Download the model again, or use a complete one.{others}"))
+        raise BaseModelError(list_faults(heading, faults, f"{advice}{others}"))
     if unused:
         _note(f"{kind} has no place for {counted(len(unused), 'tensor')} of {name}, left out: {some}")
-    if quantize is not None:
+    if fewer_bits:
         finish_reading(model)
-    elif getattr(model, "is_quantized", False):
-        _note(take_over(model, name))
+    elif own is not None:
+        _note(take_over(model, name, method_of(own), dtype, quantize))
     return model
 
 
@@ -489,6 +491,8 @@ def _note_on_config(path: Path) -> str:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if "auto_map" in config:
             return " It needs its own code, which loralib never runs; choose a model that transformers supports."
+        if (own := stored_quantization(path)) is not None:
+            return f" {way_out(own)}"
         if config.get("is_encoder_decoder"):
             return (
                 " It is a sequence-to-sequence model, and loralib's train and generate are for causal ones. Load it "

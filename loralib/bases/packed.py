@@ -7,7 +7,6 @@ the number of bits differs, weights are dequantised.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..console import counted
 from ..errors import BaseModelError, list_faults
 from ..injection import samples_of
 from .quant import GGUF_BLOCK, Q4Weight, pack_nibbles, quantize, quantize_tables
-from .quantized_reading import finish_reading, replacing
+from .quantized_reading import UNQUANTIZED, finish_reading, replacing, stored_quantization
 from .sharded import StoredTensor, empty_model, read_whole, stored_tensors
 
 __all__ = ["packing_of", "read_packed"]
@@ -32,11 +31,8 @@ _TENSORS: Final = ("qweight", "qzeros", "scales", "g_idx")
 
 def packing_of(path: Path) -> dict[str, Any] | None:
     """Returns the quantization_config if GPTQ or AWQ packed the model in a directory; None for other models."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    except (OSError, ValueError, AttributeError):
-        return None
-    return config if isinstance(config, dict) and config.get("quant_method") in ("gptq", "awq") else None
+    config = stored_quantization(path)
+    return config if config is not None and config.get("quant_method") in ("gptq", "awq") else None
 
 
 def read_packed(
@@ -100,15 +96,12 @@ def read_packed(
     others += [f"unexpected  {each}" for each in sorted(info["unexpected_keys"])]
     if others:
         raise BaseModelError(
-            list_faults(f"{name} does not contain what {type(model).__name__} needs", others, _INSTEAD)
+            list_faults(f"{name} does not contain what {type(model).__name__} needs", others, UNQUANTIZED)
         )
     kept, dense = counted(done["kept"], "weight"), counted(done["dense"], "weight")
     said = [f"{kept} kept in 4 bits"] * (done["kept"] > 0)
     said += [f"{dense} dequantised" if kind is None else f"{dense} converted to {kind}"] * (done["dense"] > 0)
     return model, f"{name} was quantised by {packing['quant_method'].upper()}: {', '.join(said)}"
-
-
-_INSTEAD: Final = "Use the model that it was made from, with --quantize nf4 or int8."
 
 
 def _check(packing: Mapping[str, Any], name: str) -> None:
@@ -118,7 +111,7 @@ def _check(packing: Mapping[str, Any], name: str) -> None:
     known = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm", "GEMM")}[method]
     if bits not in ((2, 4, 8) if method == "gptq" else (4,)) or form not in known:
         raise BaseModelError(
-            f"{name} was quantised by {method} to {bits!r} bits as {form!r}, which loralib does not read. {_INSTEAD}"
+            f"{name} was quantised by {method} to {bits!r} bits as {form!r}, which loralib does not read. {UNQUANTIZED}"
         )
 
 
@@ -143,7 +136,9 @@ def _unpacked(parts: Mapping[str, Tensor], packing: Mapping[str, Any], dtype: to
         of_group = scales.float()[:, groups]
         return ((codes - zeros[:, groups].float()) * of_group).to(dtype)
     except (KeyError, RuntimeError, ValueError, IndexError) as error:
-        raise BaseModelError(f"{module}: its packed tensors do not match each other ({error}). {_INSTEAD}") from error
+        raise BaseModelError(
+            f"{module}: its packed tensors do not match each other ({error}). {UNQUANTIZED}"
+        ) from error
 
 
 def _kept(codes: Tensor, zeros: Tensor, scales: Tensor, size: int, dtype: torch.dtype) -> Q4Weight:

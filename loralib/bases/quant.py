@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_map
 from ..errors import ConfigError, UnsupportedModelError, did_you_mean
 from ..injection import samples_of, samples_of_table
 from ..layers import is_conv1d
+from ..targets import HEADS
 from ..variants import expert_stacks, is_transposed
 from ..wrapping import input_table, output_head
 
@@ -60,6 +61,7 @@ BLOCKS: Final = 256  # absmax values that share a scale
 GGUF_BLOCK: Final = 32  # weights of a GGUF file that share a scale
 _AT_ONCE: Final = 1 << 24  # weights in fp32 at a time during quantisation
 _IN_CACHE: Final = 1 << 20  # the same for NF4, where finding the nearest level takes several passes over them
+_HEADS: Final = {head for heads in HEADS.values() for head in heads}  # trained in full
 _BLOCKS_AT_ONCE: Final = 1 << 15  # and blocks at a time during dequantisation, which should fit into the cache
 aten = torch.ops.aten
 
@@ -563,27 +565,43 @@ def quantize_tables(model: nn.Module, kind: str, *, rounds: bool = False) -> Non
             module.weight = known[id(weight)]
 
 
-def round_model(model: nn.Module, kind: str) -> float:
+class Rounding(NamedTuple):
+    """How far weights are from what they were before quantisation: ``||W' - W|| / ||W||``.
+
+    Attributes:
+        total: over all linear layers and experts.
+        most: of the weight that is off the most; NaN if one is not finite.
+        where: its name.
+    """
+
+    total: float
+    most: float
+    where: str
+
+
+def round_model(model: nn.Module, kind: str) -> Rounding:
     """Rounds each weight that a kind quantises to its quantised values, stored in ordinary tensors.
 
     Args:
         model: its weights are replaced; fingerprints still use the original values.
         kind: one of the KINDS; weights are rounded to bf16 first, like the base of a training run.
-
-    Returns:
-        The error, ``||W' - W|| / ||W||`` over all linear layers and experts.
     """
-    errors, norms = 0.0, 0.0
+    errors, norms = dict[str, float](), dict[str, float]()
+    names = {id(module): path for path, module in model.named_modules()}
     for module, name in _weights_of(model):
         weight = module._parameters[name].detach()
         held = quantize(weight.to(torch.bfloat16), kind, turned=is_turned(module))
         values = nn.Parameter(held.dense().to(weight.dtype).contiguous(), requires_grad=False)
-        errors += float((values.data - weight).double().square().sum())
-        norms += float(weight.double().square().sum())
+        key = f"{names[id(module)]}.{name}"
+        errors[key] = float((values.data - weight).double().square().sum())
+        norms[key] = float(weight.double().square().sum())
         values.samples = samples_of(weight).clone()  # type: ignore[attr-defined]
         module._parameters[name] = values
     quantize_tables(model, kind, rounds=True)
-    return math.sqrt(errors / norms) if norms else 0.0
+    shares = {key: math.sqrt(error / norms[key]) if norms[key] else 0.0 for key, error in errors.items()}
+    where = max(shares, key=lambda key: math.inf if math.isnan(shares[key]) else shares[key])
+    total = math.sqrt(sum(errors.values()) / norm) if (norm := sum(norms.values())) else 0.0
+    return Rounding(total, shares[where], where)
 
 
 def make_dense(model: nn.Module) -> None:
@@ -608,23 +626,24 @@ def _weights_of(model: nn.Module) -> Iterator[tuple[Any, str]]:
 def quantized_weights(path: str, module: nn.Module, model: nn.Module) -> tuple[str, ...]:
     """Returns the names of a module's weights to quantise.
 
-    These are the weights of linear layers, except for the head, and of experts stored in one tensor.
+    These are the weights of linear layers, except for heads, and of experts stored in one tensor.
 
     Args:
         path: the module's name in the model.
         module: a module of the model.
         model: the model to quantise.
     """
-    return ("weight",) if _is_linear_within(module, model) else expert_stacks(path, module)
+    return ("weight",) if _is_linear_within(path, module, model) else expert_stacks(path, module)
 
 
 def linears_of(model: nn.Module) -> Iterator[Any]:
     """Yields the linear layers of a model whose weights are quantised."""
-    return (module for module in list(model.modules()) if _is_linear_within(module, model))
+    return (module for path, module in list(model.named_modules()) if _is_linear_within(path, module, model))
 
 
-def _is_linear_within(module: nn.Module, model: nn.Module) -> bool:
-    return (type(module) is nn.Linear or is_conv1d(module)) and module is not output_head(model)
+def _is_linear_within(path: str, module: nn.Module, model: nn.Module) -> bool:
+    is_head = module is output_head(model) or path.partition(".")[0] in _HEADS
+    return (type(module) is nn.Linear or is_conv1d(module)) and not is_head
 
 
 def is_turned(module: nn.Module) -> bool:

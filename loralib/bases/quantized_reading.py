@@ -7,8 +7,10 @@ transformers' extension point: a quantizer registered under a name.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,31 @@ from torch import Tensor, nn
 from ..console import counted
 from ..errors import BaseModelError, first_line
 from . import bnb
-from .quant import QuantizedWeight, is_quantized_table, is_turned, quantize, quantize_table, quantized_weights
+from .quant import (
+    QuantizedWeight,
+    is_quantized_table,
+    is_turned,
+    make_dense,
+    quantize,
+    quantize_model,
+    quantize_table,
+    quantized_weights,
+)
 
-__all__ = ["finish_reading", "quantizing", "replacing", "take_over"]
+__all__ = [
+    "UNQUANTIZED",
+    "finish_reading",
+    "method_of",
+    "quantizing",
+    "replacing",
+    "stored_quantization",
+    "take_over",
+    "way_out",
+]
 
 _NAME = "loralib"
+# The way out for a base that was quantised in a way that cannot be read.
+UNQUANTIZED: Final = "Use the model that it was made from, with --quantize nf4 or int8."
 
 
 def quantizing(kind: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -70,16 +92,41 @@ def finish_reading(model: Any) -> None:
             parameter.data = parameter.detach().clone()
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
+    vars(model).pop("_weight_conversions", None)  # save_pretrained would undo how the weights were read
     for module in model.modules():
         vars(getattr(module, "config", model.config)).pop("_is_quantized", None)
 
 
-def take_over(model: Any, name: str) -> str:
+def stored_quantization(path: Path) -> dict[str, Any] | None:
+    """Returns the quantization_config of a model in a directory that another tool quantised; None for other models."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        found = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def method_of(stored: Mapping[str, Any]) -> str:
+    """Returns the name of the method in a quantization_config; old ones of bitsandbytes do not give it."""
+    named = stored.get("quant_method")
+    return str(named) if named else "bitsandbytes" if any(key.startswith("load_in_") for key in stored) else "unknown"
+
+
+def way_out(stored: Mapping[str, Any]) -> str:
+    """Returns what to do about a base with this quantization_config that cannot be read."""
+    return f"It was quantised by another tool (quant_method {method_of(stored)!r}). {UNQUANTIZED}"
+
+
+def take_over(model: Any, name: str, method: str, dtype: torch.dtype, kind: str | None = None) -> str:
     """Converts a base that another tool quantised to plain linear layers, still quantised if the format is supported.
 
     Args:
         model: as read by transformers.
         name: the base's name, for messages.
+        method: see `method_of`.
+        dtype: dtype of its weights; transformers may have kept the one that the base was saved in.
+        kind: one of `loralib.bases.quant.KINDS`: convert the weights to it; None: keep them.
 
     Returns:
         A summary for the user.
@@ -87,24 +134,33 @@ def take_over(model: Any, name: str) -> str:
     Raises:
         BaseModelError: neither loralib nor transformers can dequantise its weights.
     """
-    method = str(getattr(model.hf_quantizer.quantization_config.quant_method, "value", "unknown"))
     if method == "bitsandbytes":
-        kept, dense = bnb.take_over(model, model.dtype)
-        finish_reading(model)
+        kept, dense = bnb.take_over(model, dtype)
         made = f"; {counted(dense, 'weight')} of another kind dequantised" if dense else ""
-        return f"{name} was quantised by bitsandbytes: {counted(kept, 'weight')} kept as they are{made}"
+        said = f"{counted(kept, 'weight')} kept as they are{made}"
+    else:
+        _dequantize(model, name, method)
+        said = "its weights are now dense and take as much memory as those of an unquantised model"
+    finish_reading(model)
+    for parameter in model.parameters():
+        if not isinstance(parameter, QuantizedWeight) and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    if kind is not None:
+        make_dense(model)
+        said = f"{counted(quantize_model(model, kind), 'weight')} converted to {kind}"
+    return f"{name} was quantised by {method}: {said}"
+
+
+def _dequantize(model: Any, name: str, method: str) -> None:
+    if not getattr(model, "is_quantized", False):
+        return  # transformers has done it while reading, as for FP8 and MXFP4 where there is no GPU
     try:
         model.dequantize()
     except Exception as error:
         raise BaseModelError(
-            f"{name} was quantised by {method}, and transformers cannot dequantise it: {first_line(error)}. Use the "
-            "model that it was made from, with --quantize nf4 or int8."
+            f"{name} was quantised by {method}, and transformers cannot dequantise it: {first_line(error)}. "
+            f"{UNQUANTIZED}"
         ) from error
-    finish_reading(model)
-    return (
-        f"{name} was quantised by {method}; its weights are now dense and take as much memory as those of an "
-        "unquantised model"
-    )
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -24,6 +25,7 @@ from ..data import prompt_ids
 from ..engine.limits import input_limit
 from ..errors import ConfigError, MergeError, OutputError
 from ..formats import merge_and_compare, save_merged
+from ..injection import quantization_of
 from ._adapters import (
     FILE_DTYPES,
     PROMPTS,
@@ -34,6 +36,9 @@ from ._adapters import (
     read,
     read_with_base,
 )
+
+# Both formats are off by a third at most, unless a weight has hardly anything but outliers.
+_MAX_ROUNDING: Final = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,11 +88,21 @@ def _merge(args: argparse.Namespace) -> None:
     if own is not None:
         tokenizer = own
         say(f"The merged model gets the tokenizer{' and chat template' * bool(own.chat_template)} of the adapter")
-    make_dense(model)  # the base may have been loaded already quantised
+    own = quantization_of(model)  # the base may have been quantised by another tool
+    make_dense(model)
     if args.quantize != "none":
-        error = round_model(model, args.quantize)
-        say(f"The base's linear layers have their {args.quantize} values, off by {error:.2%} of the weights' norm")
-    elif held := adapter.metadata.get(QUANTIZE):
+        rounding = round_model(model, args.quantize)
+        say(
+            f"The base's linear layers have their {args.quantize} values, off by {rounding.total:.2%} of the weights' "
+            f"norm; at most by {rounding.most:.2%}, in {rounding.where}"
+        )
+        if not rounding.most <= _MAX_ROUNDING:
+            raise MergeError(
+                f"{rounding.where} is off by {rounding.most:.2%} of its norm in {args.quantize}, expected at most "
+                f"{_MAX_ROUNDING:.0%}: its values are not finite, or these bits cannot hold them. Nothing was merged. "
+                "Leave out --quantize, and train without it."
+            )
+    elif (held := adapter.metadata.get(QUANTIZE, own)) != own:
         say(f"note: the adapter was trained on the base in {held}; --quantize {held} merges into exactly those weights")
     limit = input_limit(model, tokenizer)
     inputs = [torch.tensor(prompt_ids(prompt, tokenizer)[:limit]) for prompt in args.prompt or PROMPTS]
