@@ -116,6 +116,7 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
         "adapters for embeddings of MistralForCausalLM",
     ),
     ("vllm", lambda: tiny("Olmo2"), {"target_modules": ["lm_head"]}, "adapters for the head of Olmo2ForCausalLM"),
+    ("vllm", lambda: tiny("Glm4"), {"target_modules": ["gate_up_proj"]}, "gate_proj and up_proj of Glm4ForCausalLM"),
     ("vllm", llama, {"modules_to_save": ["norm"]}, "only the head of a classifier"),
     ("vllm", llama, {"modules_to_save": ["lm_head", "norm"]}, "only the head of a classifier"),
     ("llamacpp", lambda: classifier("Llama"), {"modules_to_save": ["score"]}, r"modules_to_save \['score'\]"),

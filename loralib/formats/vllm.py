@@ -37,6 +37,8 @@ _EMBEDDING = frozenset(
     """cohere cohere2 arcee cwm flexolmo glm hunyuandensev1 jais2 olmo2 olmo3 phi seedoss smollm3 starcoder2
     vaultgemma""".split()
 )
+# These have one module in transformers where vLLM's loader wants to find two.
+_SPLIT = {("glm4", "gate_up_proj"): "gate_proj and up_proj"}
 _CLASS = re.compile(r"(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
 
 
@@ -62,6 +64,8 @@ def load_faults(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> l
         if leaf not in accepted and (isinstance(module, nn.Embedding) or module is head):
             which = "embeddings" if isinstance(module, nn.Embedding) else "the head"
             faults.append(f"{name}: vLLM does not load adapters for {which} of {type(model).__name__}")
+        elif parts := _SPLIT.get((kind, leaf)):
+            faults.append(f"{name}: vLLM only loads adapters for {parts} of {type(model).__name__}, which is one here")
     return faults
 
 
