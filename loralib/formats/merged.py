@@ -62,7 +62,7 @@ class MergeReport:
     def as_expected(self) -> bool:
         """Whether rounding explains the difference."""
         most, mean = self.before_cast
-        return mean <= 1e-5 and (self.has_experts or most <= 1e-3 and self._is_small)
+        return mean <= 1e-5 and (self.has_experts or (most <= 1e-3 and self._is_small))
 
     @property
     def _is_small(self) -> bool:
