@@ -1,14 +1,22 @@
 """Bases packed by GPTQ and AWQ: values are the same, and stay in 4 bits."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import loralib as lora
-from loralib.bases.quant import NF4Weight, Q4Weight, linears_of
+from loralib.bases.quant import Int8Weight, NF4Weight, Q4Weight, linears_of
 from loralib.data import TokenExample
 from loralib.delta import dense
 from loralib.engine.kernels import compiled
@@ -106,6 +114,72 @@ def test_packed_numbers_are_those_that_were_packed(
         if (kernels := compiled()) is not None and kernels.accept_weight(weight):
             x = torch.randn(3, weight.shape[1]).bfloat16()
             assert torch.equal(kernels.product(x, weight), kernels.product(x, weight.dense()))
+
+
+@pytest.mark.parametrize(("kind", "held"), [(None, Q4Weight), ("int8", Int8Weight)])
+def test_layers_that_store_inputs_first_are_packed_with_outputs_first(kind, held, tmp_path, smollm2):
+    """GPT-2's; the output projection is square, so that its shape would not show the mistake."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=len(smollm2[1]))).half().eval()
+    model.save_pretrained(tmp_path)
+    smollm2[1].save_pretrained(tmp_path)
+    state, order = load_file(tmp_path / "model.safetensors"), torch.arange(64) // 32
+    module, layer = "transformer.h.0.attn.c_proj", model.transformer.h[0].attn.c_proj
+    stored, stands_for = tensors_of("gptq", "gptq", layer.weight.data.T.float(), 32, 4, order)
+    del state[f"{module}.weight"]
+    save_file(state | {f"{module}.{part}": tensor for part, tensor in stored.items()}, tmp_path / "model.safetensors")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    read, _ = lora.load_base(tmp_path, dtype="fp32", device="cpu", quantize=kind)
+    ours = read.get_submodule(module).weight
+    assert isinstance(ours, held)
+    assert torch.allclose(dense(ours), stands_for.T, atol=1e-3)
+    layer.weight.data = stands_for.T.half()
+    with torch.no_grad():
+        assert torch.allclose(read(IDS).logits, model.float()(IDS).logits, atol=1e-3 if kind is None else 0.05)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_experts_that_are_packed_one_by_one_are_stacked(method, tmp_path, smollm2, capsys):
+    """Their names are not those of modules; nothing may be left of what stands in for weights while they are read."""
+    torch.manual_seed(0)
+    settings = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings |= {"num_key_value_heads": 2, "num_local_experts": 2, "vocab_size": len(smollm2[1])}
+    model = MixtralForCausalLM(MixtralConfig(**settings)).half()
+    model.save_pretrained(tmp_path)
+    state, order = load_file(tmp_path / "model.safetensors"), torch.arange(64) // 32
+    values = dict(state)
+    for name in [name for name in state if re.search(r"\.w[123]\.|_proj\.", name)]:
+        form = "gptq" if method == "gptq" else "gemm"
+        stored, values[name] = tensors_of(method, form, state.pop(name).float(), 32, 4, order)
+        state |= {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in stored.items()}
+    for directory, tensors in ((tmp_path, state), (tmp_path / "values", values)):
+        model.config.save_pretrained(directory)
+        smollm2[1].save_pretrained(directory)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    expected, _ = lora.load_base(tmp_path / "values", dtype="fp32", device="cpu")
+    read, _ = lora.load_base(tmp_path, dtype="fp32", device="cpu")
+    assert "4 weights kept in 4 bits, 6 weights dequantised" in capsys.readouterr().err
+    for ours, theirs in zip(read.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(dense(ours), theirs, atol=1e-3)
+    read, _ = lora.load_base(tmp_path, dtype="fp32", device="cpu", quantize="nf4")
+    assert sum(isinstance(weight, NF4Weight) for weight in read.parameters()) == 6  # experts are two stacks
+
+
+def test_old_files_of_autogptq_keep_their_settings_elsewhere(tmp_path, smollm2):
+    expected = write(tmp_path, tokenizer=smollm2[1])
+    settings = json.loads((tmp_path / "config.json").read_text())
+    packing = settings.pop("quantization_config")
+    del packing["quant_method"], packing["checkpoint_format"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "quantize_config.json").write_text(json.dumps(packing))
+    model, _ = lora.load_base(tmp_path, dtype="bf16", device="cpu")
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(dense(ours), theirs)
 
 
 def test_an_adapter_learns_on_packed_weights(tmp_path, smollm2):

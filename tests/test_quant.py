@@ -155,12 +155,21 @@ def test_zeros_and_large_numbers_are_kept(kind):
 
 
 def test_a_kind_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match="quantize is True"):
+        quantize(torch.zeros(2, 2), True)
     with pytest.raises(
         ConfigError, match=r"quantize is 'nf5', expected 'int8', 'nf4', 'int8\+tables' or 'nf4\+tables'.*nf4"
     ):
         quantize(torch.zeros(2, 2), "nf5")
     with pytest.raises(ConfigError, match="quantize is 'int4'"):
         lora.load_base("no-such-model", quantize="int4")
+
+
+@pytest.mark.parametrize(("word", "ours"), [("--load_in_4bit", "nf4"), ("--load-in-8bit", "int8")])
+def test_the_flags_of_other_trainers_are_known(word, ours, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", word])
+    assert f"Here it is --quantize {ours}" in capsys.readouterr().err
 
 
 def test_shards_of_a_quantised_base_are_refused_with_the_way_out():
@@ -561,6 +570,15 @@ def test_bases_that_cannot_be_read_name_their_method(base, tmp_path):
         lora.load_base(tmp_path)
 
 
+def test_weights_that_have_the_bits_already_are_kept(by_bitsandbytes):
+    """Rounding them once more would change a few."""
+    read, _ = lora.load_base(by_bitsandbytes, dtype="bf16", device="cpu")
+    again, _ = lora.load_base(by_bitsandbytes, dtype="bf16", device="cpu", quantize="nf4")
+    assert quantization_of(read) == quantization_of(again) == "nf4"
+    for ours, theirs in zip(again.parameters(), read.parameters(), strict=True):
+        assert torch.equal(dense(ours), dense(theirs))
+
+
 @pytest.mark.parametrize("kind", WITH_TABLES)
 def test_the_form_of_a_base_is_named_as_it_was_asked_for(kind):
     assert quantization_of(quantized(llama, kind)) == kind
@@ -631,6 +649,7 @@ def test_merging_into_rounded_weights_says_how_far_off_they_are(base, tmp_path, 
     out = str(tmp_path / "run")
     given += ["--max_steps", "4", "--valid_fraction", "0", "--output_dir", out]
     assert main(["train", *given, "--quantize", "nf4"]) == 0
+    assert 'quantize="nf4")' in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert main(["merge", out, str(tmp_path / "merged"), "--quantize", "nf4"]) == 0
     said = capsys.readouterr().out
     error = float(re.search(r"have their nf4 values, off by ([\d.]+)% of the weights' norm", said).group(1))

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from ..console import counted
+from ..delta import dense
 from ..errors import BaseModelError, list_faults
 from ..injection import samples_of
-from .quant import GGUF_BLOCK, Q4Weight, pack_nibbles, quantize, quantize_tables
+from ..layers import is_conv1d
+from .quant import GGUF_BLOCK, Q4Weight, pack_nibbles, quantize, quantize_model
 from .quantized_reading import UNQUANTIZED, finish_reading, replacing, stored_quantization
-from .sharded import StoredTensor, empty_model, read_whole, stored_tensors
+from .sharded import empty_model, read_whole, stored_tensors
 
 __all__ = ["packing_of", "read_packed"]
 
@@ -62,22 +64,29 @@ def read_packed(
         )
     done, faults = Counter[str](), list[BaseModelError]()
 
-    def weight_of(module: str) -> Tensor:
+    def unpacked(module: str) -> Tensor:
         parts = {each: read_whole(stored[key]) for each in _TENSORS if (key := f"{module}.{each}") in stored}
         try:
             weight = _unpacked(parts, packing, dtype, module)
         except BaseModelError as error:  # transformers would replace the message by its own
             faults.append(error)
             raise
-        if kind is not None:
-            weight = quantize(weight.dense() if isinstance(weight, Q4Weight) else weight, kind)
-        done["kept" if isinstance(weight, Q4Weight) else "dense"] += 1
+        done["kept" if isinstance(weight, Q4Weight) and kind is None and module in layers else "dense"] += 1
         return weight
 
+    def weight_of(module: str) -> Tensor:
+        weight = unpacked(module)
+        if kind is not None:
+            weight = quantize(dense(weight), kind)
+        return weight.T if is_conv1d(layers[module]) else weight
+
     empty = empty_model(path, dtype)
-    del empty.config.quantization_config
+    vars(empty.config).pop("quantization_config", None)
+    # Experts are packed one by one, and transformers stacks them: it needs their numbers. So do names of other models.
+    layers = {name: module for name, module in empty.named_modules() if name in packed}
     state = {key: read_whole(place) for key, place in stored.items() if key.rpartition(".")[0] not in packed}
-    state |= {f"{module}.weight": _placeholder(stored[f"{module}.qweight"], packing) for module in packed}
+    state |= {f"{module}.weight": _placeholder(layers[module]) for module in layers}
+    state |= {f"{module}.weight": dense(unpacked(module)) for module in sorted(packed - layers.keys())}
     state |= {key: read_whole(stored[key]) for module in packed if (key := f"{module}.bias") in stored}
     try:
         model, info = type(empty).from_pretrained(
@@ -86,21 +95,22 @@ def read_packed(
             state_dict=state,
             dtype=dtype,
             output_loading_info=True,
-            **replacing({f"{module}.weight": module for module in packed}, weight_of),
+            **replacing({f"{module}.weight": module for module in layers}, weight_of),
         )
     except Exception as error:
         raise (faults[0] if faults else error) from None
     finish_reading(model)
-    quantize_tables(model, kind or "")
+    if kind is not None:
+        quantize_model(model, kind)
     others = [f"missing     {each}" for each in sorted(info["missing_keys"])]
     others += [f"unexpected  {each}" for each in sorted(info["unexpected_keys"])]
     if others:
         raise BaseModelError(
             list_faults(f"{name} does not contain what {type(model).__name__} needs", others, UNQUANTIZED)
         )
-    kept, dense = counted(done["kept"], "weight"), counted(done["dense"], "weight")
-    said = [f"{kept} kept in 4 bits"] * (done["kept"] > 0)
-    said += [f"{dense} dequantised" if kind is None else f"{dense} converted to {kind}"] * (done["dense"] > 0)
+    said = [f"{counted(done['kept'], 'weight')} kept in 4 bits"] * (done["kept"] > 0)
+    otherwise = "dequantised" if kind is None else f"converted to {kind}"
+    said += [f"{counted(done['dense'], 'weight')} {otherwise}"] * (done["dense"] > 0)
     return model, f"{name} was quantised by {packing['quant_method'].upper()}: {', '.join(said)}"
 
 
@@ -115,12 +125,9 @@ def _check(packing: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _placeholder(codes: StoredTensor, packing: Mapping[str, Any]) -> Tensor:
-    """Returns a tensor with a weight's shape (out, in) that takes no memory."""
-    per_number = _INTS // int(packing.get("bits", 4))
-    rows, columns = codes.shape
-    shape = (columns, rows * per_number) if packing["quant_method"] == "gptq" else (columns * per_number, rows)
-    return torch.zeros(()).expand(shape)
+def _placeholder(layer: Any) -> Tensor:
+    """Returns a tensor with the shape of a layer's weight that takes no memory."""
+    return torch.zeros(()).expand(layer.weight.shape)
 
 
 def _unpacked(parts: Mapping[str, Tensor], packing: Mapping[str, Any], dtype: torch.dtype, module: str) -> Tensor:

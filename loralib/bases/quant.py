@@ -482,7 +482,7 @@ def check_kind(kind: str) -> None:
     """Raises ConfigError unless the quantisation format exists."""
     if kind not in KINDS:
         expected = f"{', '.join(map(repr, KINDS[:-1]))} or {KINDS[-1]!r}"
-        raise ConfigError(f"quantize is {kind!r}, expected {expected}.{did_you_mean(kind, KINDS)}")
+        raise ConfigError(f"quantize is {kind!r}, expected {expected}.{did_you_mean(str(kind), KINDS)}")
 
 
 def chosen_kind(quantize: str | None) -> str | None:
@@ -533,18 +533,20 @@ def quantize_table(weight: Tensor) -> Int8Weight:
 
 
 def quantize_model(model: nn.Module, kind: str) -> int:
-    """Quantises the weights of a model's linear layers and experts in place, except for the head; returns their number.
+    """Quantises the weights of a model's linear layers and experts in place, except for heads; returns their number.
 
-    Norms are not quantised; embedding and head only if the kind includes tables.
+    Norms are not quantised; embedding and head only if the kind includes tables.  Weights of this kind are kept.
 
     Raises:
         ConfigError: the kind does not exist, or the model has no linear layer.
     """
+    check_kind(kind)
     count = 0
     for module, name in _weights_of(model):
-        weight = quantize(module._parameters[name], kind, turned=is_turned(module))
-        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
         count += 1
+        if not isinstance(module._parameters[name], class_of(kind)):
+            weight = quantize(module._parameters[name], kind, turned=is_turned(module))
+            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
     if not count:
         raise ConfigError(f"quantize={kind!r} finds no linear layer in {type(model).__name__}")
     quantize_tables(model, kind)

@@ -22,7 +22,6 @@ from .quant import (
     QuantizedWeight,
     is_quantized_table,
     is_turned,
-    make_dense,
     quantize,
     quantize_model,
     quantize_table,
@@ -102,7 +101,9 @@ def stored_quantization(path: Path) -> dict[str, Any] | None:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         found = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
+        if not found and (old := path / "quantize_config.json").is_file():  # early releases of AutoGPTQ
+            found = {"quant_method": "gptq", **json.loads(old.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, AttributeError, TypeError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -146,7 +147,6 @@ def take_over(model: Any, name: str, method: str, dtype: torch.dtype, kind: str 
         if not isinstance(parameter, QuantizedWeight) and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     if kind is not None:
-        make_dense(model)
         said = f"{counted(quantize_model(model, kind), 'weight')} converted to {kind}"
     return f"{name} was quantised by {method}: {said}"
 

@@ -34,6 +34,15 @@ _COMMON: Final = "most commonly used flags"
 _FLAG: Final = re.compile(r"--[A-Za-z][\w-]*")
 
 
+# Flags of other trainers that no name here resembles.
+_ELSEWHERE: Final = {"--load_in_4bit": "--quantize nf4", "--load_in_8bit": "--quantize int8"}
+
+
+def _hint(word: str, flags: Sequence[str]) -> str:
+    ours = _ELSEWHERE.get(word)
+    return f" Here it is {ours}." if ours and ours.split()[0] in flags else did_you_mean(word, flags)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that accepts hyphens for underscores and suggests the nearest flag for an unknown one."""
 
@@ -42,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args([_with_underscores(word) for word in argv])
         if unknown:
             flags = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-            faults = [f"{word}.{did_you_mean(word.partition('=')[0], flags)}" for word in unknown]
+            faults = [f"{word}.{_hint(word.partition('=')[0], flags)}" for word in unknown]
             self.error(list_faults("unknown arguments", faults))
         return args
 

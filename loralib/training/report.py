@@ -459,7 +459,7 @@ def write_card(
         return
     picture = "\n![Loss over the updates](loss.png)\n" if (directory / "loss.png").exists() else ""
     introduction = _introduction(learned, picture, _facts(config, progress, data))
-    write_text(card, "\n".join((introduction, _usage(learned.base), _update_sizes(learned.norms))))
+    write_text(card, "\n".join((introduction, _usage(learned.base, config.quantize), _update_sizes(learned.norms))))
 
 
 def _introduction(learned: Learned, picture: str, facts: Mapping[str, str]) -> str:
@@ -483,7 +483,8 @@ Rank {adapter.r}, lora_alpha {adapter.lora_alpha:g}, on `{targets if isinstance(
 """
 
 
-def _usage(name: str) -> str:
+def _usage(name: str, quantize: str) -> str:
+    form = "" if quantize == "none" else f", quantize={json.dumps(quantize)}"
     original = ""
     if name in HUB_NAMES:
         original = (
@@ -494,7 +495,7 @@ def _usage(name: str) -> str:
 ```python
 import loralib as lora
 
-model, tokenizer = lora.load_base({json.dumps(name, ensure_ascii=False)})
+model, tokenizer = lora.load_base({json.dumps(name, ensure_ascii=False)}{form})
 print(lora.load_adapter(model, "."))
 ```
 
