@@ -434,6 +434,8 @@ def test_a_second_sweep_in_a_directory_moves_the_first_aside_as_a_whole(
 def test_overwrite_discards_all_of_an_earlier_sweep_but_not_what_the_user_added(tmp_path: Path) -> None:
     sweep(tmp_path, rates(1e-3, 3e-3, keep_checkpoints=1))
     (tmp_path / "lr-0.001" / "notes.txt").write_text("a good one")
+    (tmp_path / "lr-0.001" / "tensorboard").mkdir()  # as --report_to tensorboard leaves it
+    (tmp_path / "lr-0.001" / "tensorboard" / "events").write_text("curves")
     result = sweep(tmp_path, rates(1e-2, overwrite=True))
     assert {path.name for path in tmp_path.iterdir()} == {"run", "best", "sweep.json", "sweep.png", "lr-0.001"}
     assert [path.name for path in (tmp_path / "lr-0.001").iterdir()] == ["notes.txt"]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -570,7 +571,11 @@ class RunDirectory:
     def discard(self) -> None:
         """Removes what an earlier run left; the user's other files stay."""
         for path in self._left():
-            remove_file(path)
+            if path.is_dir():
+                with write_errors(path):
+                    shutil.rmtree(path)
+            else:
+                remove_file(path)
         self._remove_empty_folders()
 
     def _remove_empty_folders(self) -> None:
