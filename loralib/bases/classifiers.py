@@ -65,6 +65,7 @@ def load_classifier(
     seed: int = 0,
     hidden_dim: int | None = None,
     num_layers: int | None = None,
+    replaces_head: bool = False,
 ) -> tuple[Any, Any]:
     """Loads a text classifier as one of transformers' models (AutoModelForSequenceClassification).
 
@@ -77,6 +78,7 @@ def load_classifier(
         seed: random seed for a new head, and for the weights of made-up bases.
         hidden_dim: see `load_base`.
         num_layers: see `load_base`.
+        replaces_head: whether an adapter brings its own head, so that the checkpoint's may have another size.
 
     Returns:
         The model in eval mode, and its tokenizer.
@@ -85,42 +87,6 @@ def load_classifier(
         BaseModelError: there is no such model, it cannot be read, or it has no classification variant.
         ConfigError: dtype or device is not available.
     """
-    return _load(
-        name,
-        labels,
-        dtype=dtype,
-        device=device,
-        quantize=quantize,
-        seed=seed,
-        hidden_dim=hidden_dim,
-        num_layers=num_layers,
-    )
-
-
-def load_classifier_for(adapter: Adapter, name: str | os.PathLike[str], **options: Any) -> tuple[Any, Any]:
-    """Loads the base of a classifier's adapter; a head that the adapter replaces may have other labels.
-
-    Args:
-        adapter: the adapter.
-        name: its base.
-        options: see `load_classifier`.
-    """
-    brings_head = any(tensor.partition(".")[0] in _HEADS for tensor in adapter.tensors)
-    return _load(name, labels_in(adapter), replaces_head=brings_head, **options)
-
-
-def _load(
-    name: str | os.PathLike[str],
-    labels: Sequence[str] | None,
-    *,
-    replaces_head: bool = False,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    quantize: str | None = None,
-    seed: int = 0,
-    hidden_dim: int | None = None,
-    num_layers: int | None = None,
-) -> tuple[Any, Any]:
     name, device, quantize = os.fspath(name), pick_device(device), chosen_kind(quantize)
     settings = {} if labels is None else _settings(labels)
     new = list[str]()
@@ -140,6 +106,18 @@ def _load(
     model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
     _finish(model, tokenizer, new)
     return model.to(device).eval(), tokenizer
+
+
+def load_classifier_for(adapter: Adapter, name: str | os.PathLike[str], **options: Any) -> tuple[Any, Any]:
+    """Loads the base of a classifier's adapter; a head that the adapter replaces may have other labels.
+
+    Args:
+        adapter: the adapter.
+        name: its base.
+        options: see `load_classifier`.
+    """
+    brings_head = any(tensor.partition(".")[0] in _HEADS for tensor in adapter.tensors)
+    return load_classifier(name, labels_in(adapter), replaces_head=brings_head, **options)
 
 
 def _finish(model: Any, tokenizer: Any, new: Sequence[str]) -> None:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -382,7 +381,7 @@ class _Sweep:
         try:
             plot_runs([(each.name, each.path / "metrics.jsonl") for each in outcomes], self.path / PLOT_FILE, unit)
         except Exception as error:  # a failed plot of any kind must not abort the sweep
-            self.reporter.say(f"WARNING: {self.path / 'sweep.png'} could not be drawn: {first_line(error)}")
+            self.reporter.say(f"WARNING: {self.path / PLOT_FILE} could not be drawn: {first_line(error)}")
         if best is not None:
             _copy_adapter(best.adapter, self.path / BEST)
         result = SweepResult(self.path, outcomes, best)
@@ -402,7 +401,7 @@ def _copy_adapter(source: Path, target: Path) -> None:
     leave = {"metrics.jsonl", "loss.png", "README.md", "run.toml", "pytorch_model.bin"}
     for file in sorted(files, key=lambda each: each.name == "adapter_config.json"):
         if file.name not in leave:
-            write_whole(target / file.name, partial(shutil.copyfile, file))
+            write_whole(target / file.name, functools.partial(shutil.copyfile, file))
 
 
 def twin_of(model: nn.Module) -> nn.Module:
