@@ -205,20 +205,23 @@ static void gather(const uint16_t *x, int64_t step, const int32_t *which, int64_
     memset(to + n * d, 0, (FULL(n) - n) * d * sizeof *to);
 }
 
-/* The same, with each two rows interleaved. */
-static void gather_pairs(const uint16_t *x, int64_t step, const int32_t *which, int64_t n, int64_t d, __m512i *to) {
-    for (int64_t i = 0; i < n; i += 2)
-        for (int64_t j = 0; j < d; j += COLUMNS, to += 2)
-            interleave(_mm512_loadu_si512(x + which[i] * step + j),
-                       i + 1 < n ? _mm512_loadu_si512(x + which[i + 1] * step + j) : _mm512_setzero_si512(), to);
+/* Interleaves two rows (d); the second may be null, for zeros. */
+static inline void interleave_rows(const uint16_t *first, const uint16_t *second, int64_t d, __m512i *to) {
+    for (int64_t j = 0; j < d; j += COLUMNS, to += 2)
+        interleave(_mm512_loadu_si512(first + j), second ? _mm512_loadu_si512(second + j) : _mm512_setzero_si512(), to);
 }
 
-/* Interleaves each two of `count` rows, of which missing ones count as 0. */
-static void interleave_rows(const uint16_t *const *rows, int count, int64_t d, __m512i *to) {
-    for (int lane = 0; lane < LANES; lane += 2)
-        for (int64_t j = 0; j < d; j += COLUMNS, to += 2)
-            interleave(lane < count ? _mm512_loadu_si512(rows[lane] + j) : _mm512_setzero_si512(),
-                       lane + 1 < count ? _mm512_loadu_si512(rows[lane + 1] + j) : _mm512_setzero_si512(), to);
+/* Like `gather`, with each two rows interleaved, and padded only to a whole pair. */
+static void gather_pairs(const uint16_t *x, int64_t step, const int32_t *which, int64_t n, int64_t d, __m512i *to) {
+    for (int64_t i = 0; i < n; i += 2, to += d / LANES)
+        interleave_rows(x + which[i] * step, i + 1 < n ? x + which[i + 1] * step : 0, d, to);
+}
+
+/* Interleaves each two of `count` rows, padded with zeros to LANES. */
+static void pair_rows(const uint16_t *const *rows, int count, int64_t d, __m512i *to) {
+    for (int lane = 0; lane < count; lane += 2, to += d / LANES)
+        interleave_rows(rows[lane], lane + 1 < count ? rows[lane + 1] : 0, d, to);
+    memset(to, 0, (LANES - count) / 2 * (d / LANES) * sizeof *to);
 }
 
 /* Transposes `count` rows into vectors (d / 2) with one row per lane, two columns at a time. */
@@ -1110,8 +1113,8 @@ void NAME(attention_back)(const T *g, const T *q, const T *k, const T *v, const 
                     scores[i] = choose(seeing(seen[starts[block] + i]), vexp(scores[i] - largest) * factor, (vec){0});
                     slopes[i] = scores[i] * (slopes[i] - load_f32(own)) * scaling;
                 }
-                IN_PAIRS(d, interleave_rows(from_q, count, d, (void *)wide_q), NAME(widen_rows)(from_q, count, d, wide_q));
-                IN_PAIRS(d, interleave_rows(from_g, count, d, (void *)wide_g), NAME(widen_rows)(from_g, count, d, wide_g));
+                IN_PAIRS(d, pair_rows(from_q, count, d, (void *)wide_q), NAME(widen_rows)(from_q, count, d, wide_q));
+                IN_PAIRS(d, pair_rows(from_g, count, d, (void *)wide_g), NAME(widen_rows)(from_g, count, d, wide_g));
                 IN_PAIRS(d, spread_of_pairs(slopes, (void *)wide_q, mine, of_keys, step, n, d),
                          spread(slopes, wide_q, mine, of_keys, step, n, d));
                 IN_PAIRS(d, spread_of_pairs(scores, (void *)wide_g, mine, of_keys + size, step, n, d),
